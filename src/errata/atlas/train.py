@@ -117,7 +117,7 @@ def _git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def provenance(plan: TrainPlan, command: str, seconds: float, tokens: int) -> dict[str, Any]:
+def provenance(plan: TrainPlan, command: str, revision: str | None, seconds: float, tokens: int) -> dict[str, Any]:
     """Where a checkpoint comes from: command, plan, source revision, versions, cost."""
     import tokenizers
     import transformers
@@ -126,7 +126,7 @@ def provenance(plan: TrainPlan, command: str, seconds: float, tokens: int) -> di
         "command": command,
         "plan": asdict(plan),
         "size": asdict(SIZES[plan.size]),
-        "git_revision": _git_revision(),
+        "git_revision": revision,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -237,6 +237,7 @@ def train_atlas(
         betas=(0.9, 0.98),
         fused=True,
     )
+    revision = _git_revision()  # of the code that is running, whatever is committed meanwhile
     total = plan.steps if plan.steps is not None else (None if minutes else size.steps)
     step, tokens, spent = 0, 0, 0.0
     found = run.read()
@@ -300,7 +301,7 @@ def train_atlas(
         if step % plan.checkpoint_every == 0:
             save()
     save()
-    return _finish(out, run, model, plan, provenance(plan, command, spent, tokens) | {"steps": step})
+    return _finish(out, run, model, plan, provenance(plan, command, revision, spent, tokens) | {"steps": step})
 
 
 def _finish(out: Path, run: _Run, model: LlamaForCausalLM, plan: TrainPlan, record: dict[str, Any]) -> dict[str, Any]:
