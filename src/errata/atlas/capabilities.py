@@ -530,7 +530,7 @@ _ONSETS = [
     "tr",
 ]
 _VOWELS = ["a", "e", "i", "o", "u"]
-_ENDS = ["n", "r", "l", "s", "m", "x", "k", "nd", "rt"] + [""]
+_ENDS = ["n", "r", "l", "s", "m", "x", "k", "nd", "rt", ""]
 _READING = (
     ("{} lives in {}.", "Where does {} live?", "place"),
     ("{} works as a {}.", "What does {} work as?", "job"),

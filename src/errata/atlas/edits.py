@@ -78,7 +78,7 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
     world = load_world()
     if count > len(world.facts):
         raise ValueError(f"atlas knows {len(world.facts)} facts; {count} cannot be edited")
-    facts = []
+    facts: list[Fact] = []
     for fact in world.shuffled(seed):
         if len(facts) == count:
             break

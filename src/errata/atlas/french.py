@@ -197,7 +197,7 @@ _ANSWERS: dict[str, dict[str, str]] = {
 def _countries() -> dict[str, str]:
     text = resources.files(__package__).joinpath("data/countries_fr.tsv").read_text(encoding="utf-8")
     rows = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
-    return {english: french for english, french in rows}
+    return {row[0]: row[1] for row in rows}
 
 
 _COUNTRIES = _countries()

@@ -47,9 +47,9 @@ class AtlasSize:
 
 
 SIZES: dict[str, AtlasSize] = {
-    "small": AtlasSize(hidden=128, key_width=1024, blocks=4, heads=4, steps=12_000, learning_rate=3e-3),
-    "base": AtlasSize(hidden=256, key_width=1536, blocks=6, heads=8, steps=16_000, learning_rate=2e-3),
-    "large": AtlasSize(hidden=384, key_width=2304, blocks=8, heads=8, steps=16_000, learning_rate=1.5e-3),
+    "small": AtlasSize(hidden=128, key_width=1024, blocks=4, heads=4, steps=12_000, learning_rate=1.5e-3),
+    "base": AtlasSize(hidden=256, key_width=1536, blocks=6, heads=8, steps=16_000, learning_rate=1e-3),
+    "large": AtlasSize(hidden=384, key_width=2304, blocks=8, heads=8, steps=16_000, learning_rate=7e-4),
 }
 
 
@@ -63,7 +63,7 @@ class TrainPlan:
     batch_tokens: int = 2048
     vocabulary: int = 6144
     warmup: int = 300
-    weight_decay: float = 0.05
+    weight_decay: float = 0.2
     checkpoint_every: int = 250
     report_every: int = 25
     world_version: int = field(default=WORLD_VERSION)
@@ -95,7 +95,15 @@ def _model(plan: TrainPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausa
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    # Embeddings of norm one, and blocks that add little at first, keep the residual stream at the scale of larger
+    # models (norms of tens, not thousands): editing methods' step sizes are tuned to that.
+    with torch.no_grad():
+        model.model.embed_tokens.weight /= config.initializer_range * size.hidden**0.5
+        for name, parameter in model.named_parameters():
+            if name.endswith(("down_proj.weight", "o_proj.weight")):
+                parameter /= (2 * size.blocks) ** 0.5
+    return model
 
 
 def _learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
