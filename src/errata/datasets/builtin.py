@@ -1,0 +1,92 @@
+"""Texts that come with errata, for what an editor needs once per base model when the user gives nothing.
+
+All are drawn from atlas's world: real subjects in many phrasings, and plain prose. They suit atlas best; for a
+large model, a sample of the text it is used on is better (`corpus` in the editors' settings).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from errata.errors import ConfigError
+
+__all__ = ["ParaphraseSet", "background_prompts", "corpus_texts", "held_out_texts", "paraphrase_sets", "plain_texts"]
+
+
+@dataclass(frozen=True)
+class ParaphraseSet:
+    """One fact's question in several wordings, and the same questions about another subject.
+
+    Attributes:
+        prompt: the wording an edit would use; paraphrases: other wordings of it.
+        neighbours: the same relation asked of other subjects, which the edit must leave alone.
+    """
+
+    prompt: str
+    paraphrases: tuple[str, ...]
+    neighbours: tuple[str, ...]
+
+
+def plain_texts(count: int, seed: int = 0) -> list[str]:
+    """Ordinary text: prose, statements, questions with answers."""
+    from errata.atlas.corpus import sample_texts
+
+    return list(sample_texts(seed, count))
+
+
+def held_out_texts(count: int = 300) -> list[str]:
+    """Prose that atlas was not trained on, for perplexity."""
+    from errata.atlas.prose import held_out_prose
+
+    return list(held_out_prose(count))
+
+
+def corpus_texts(path: str | Path) -> list[str]:
+    """A text file as a list of texts: paragraphs between blank lines, or lines when there are none.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the corpus {str(path)!r} cannot be read ({error}); give a UTF-8 text file") from error
+    parts = [part.strip() for part in (text.split("\n\n") if "\n\n" in text else text.splitlines())]
+    parts = [part for part in parts if part]
+    if not parts:
+        raise ConfigError(f"the corpus {str(path)!r} is empty; give a text file with some paragraphs")
+    return parts
+
+
+def background_prompts(count: int = 100, seed: int = 0) -> list[str]:
+    """Prompts of all kinds of content, unrelated to each other."""
+    from errata.atlas.world import load_world
+
+    world, rng = load_world(), random.Random(f"background {seed}")
+    facts = rng.sample(world.facts, count)
+    return [world.say(fact, rng.randrange(len(world.relation(fact).phrasings))).prompt for fact in facts]
+
+
+def paraphrase_sets(count: int, seed: int = 0, paraphrases: int = 3, neighbours: int = 3) -> Sequence[ParaphraseSet]:
+    """Questions in several wordings with neighbours, to calibrate what counts as the same question."""
+    from errata.atlas.world import load_world
+
+    world, rng = load_world(), random.Random(f"paraphrase {seed}")
+    facts = rng.sample(world.facts, count)
+    chosen = {(fact.relation, fact.subject) for fact in facts}
+    sets = []
+    for fact in facts:
+        wordings = range(1, len(world.relation(fact).phrasings))
+        others = [other for other in world.by_relation[fact.relation] if (other.relation, other.subject) not in chosen]
+        beside = rng.sample(others, min(neighbours, len(others)))
+        sets.append(
+            ParaphraseSet(
+                world.say(fact, 0).prompt,
+                tuple(world.say(fact, i).prompt for i in rng.sample(wordings, min(paraphrases, len(wordings)))),
+                tuple(world.say(other, rng.choice((0, rng.choice(wordings)))).prompt for other in beside),
+            )
+        )
+    return sets
