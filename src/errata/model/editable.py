@@ -1,0 +1,241 @@
+"""A loaded language model that can be edited: its tokenizer, its anatomy, and the places where adapters attach.
+
+The base model is never written to. Its parameters are frozen (`requires_grad` is switched off) when it becomes
+editable, so that training an edit computes no gradient that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from errata.errors import ArtifactError, ModelError
+from errata.model.anatomy import Anatomy, AnatomyDeclaration, find_anatomy
+from errata.model.edited_linear import Contribution, EditedLinear
+from errata.model.fingerprint import weights_fingerprint
+from errata.model.generation import greedy, stop_tokens
+from errata.model.head import checked_head
+from errata.model.scoring import perplexity
+from errata.model.sequences import SequenceTracker
+from errata.model.spans import SubjectSpan, locate_subject
+from errata.model.tokens import Passage, TokenBatch, encode_passage, pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["EditableModel"]
+
+_EMBEDDED = ("atlas", "atlas-instruct")
+
+
+class EditableModel:
+    """A causal language model, its tokenizer, and what errata knows about both.
+
+    Args:
+        model: any Hugging Face causal language model; it is used in place, in evaluation mode, frozen.
+        tokenizer: its tokenizer.
+        model_id: the name to record with results; defaults to the model's own.
+        declaration: roles of modules given by hand, see `AnatomyDeclaration`.
+
+    Attributes:
+        anatomy: which modules play which role.
+        sequences: follows forward passes for routed adapters.
+
+    Raises:
+        AnatomyError: the structure is not understood; the message lists the candidate modules.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model_id: str | None = None,
+        revision: str | None = None,
+        declaration: AnatomyDeclaration | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.model.requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.model_id = model_id or str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.revision = revision
+        self.anatomy: Anatomy = find_anatomy(model, declaration)
+        self.sequences = SequenceTracker(model, model.get_submodule(self.anatomy.trunk))
+        if tokenizer.pad_token_id is None:
+            # Padding is always masked, so any existing token can serve.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "atlas",
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        revision: str | None = None,
+        declaration: AnatomyDeclaration | None = None,
+    ) -> EditableModel:
+        """Load a model from a folder or from the Hugging Face hub; "atlas" and "atlas-instruct" are built in.
+
+        Args:
+            device: where to put the model; not together with `device_map`.
+            dtype: a torch dtype or its name; None means float32 on a CPU, as stored elsewhere.
+            device_map: passed on to transformers (needs accelerate), e.g. "auto".
+            revision: commit or tag on the hub.
+
+        Raises:
+            ArtifactError: nothing can be loaded under this name.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = str(name)
+        if name in _EMBEDDED:
+            from errata.atlas.shipped import open_atlas
+
+            return open_atlas(name, device=device, dtype=dtype)
+        if device is not None and device_map is not None:
+            raise ModelError("give either device or device_map, not both: device_map places the modules itself")
+        on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+        if dtype is None:
+            dtype = torch.float32 if on_cpu else "auto"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, device_map=device_map)
+        except (OSError, ValueError) as error:
+            what = "the folder" if Path(name).exists() else "no folder of that name, and the hub"
+            raise ArtifactError(
+                f"cannot load {name!r}: {what} gave no causal language model with a tokenizer ({error}). Expected "
+                "a path with config.json, model weights and tokenizer files, a hub id, or 'atlas'"
+            ) from error
+        if device is not None:
+            model = model.to(device)
+        return cls(model, tokenizer, model_id=name, revision=revision, declaration=declaration)
+
+    # --- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        embedding = self.model.get_input_embeddings()
+        parameter: Tensor = next(embedding.parameters())
+        return parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.dtype
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.anatomy.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the base weights; attached adapters do not change it."""
+        return weights_fingerprint(self.model)
+
+    @cached_property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """From states behind the final norm to logits; checked against the model. Raises TailError if it differs."""
+        return checked_head(self)
+
+    @cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return stop_tokens(self)
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's own name in its configuration, such as "llama"."""
+        return str(getattr(self.model.config, "model_type", "unknown"))
+
+    def module(self, path: str) -> nn.Module:
+        found: nn.Module = self.model.get_submodule(path)
+        return found
+
+    # --- texts and tokens -------------------------------------------------------------------------------------
+
+    def passage(self, prompt: str, answer: str = "") -> Passage:
+        """A prompt, with an answer behind it if given, as token ids."""
+        return encode_passage(self.tokenizer, prompt, answer)
+
+    def batch(self, passages: Sequence[Passage], side: Literal["left", "right"] = "left") -> TokenBatch:
+        """Pad passages to a batch on this model's device."""
+        pad_id = self.tokenizer.pad_token_id
+        assert isinstance(pad_id, int)
+        return pad(passages, pad_id, side, self.device)
+
+    def subject_span(self, prompt: str, subject: str) -> SubjectSpan:
+        """Where the subject stands in the prompt, in tokens. Raises SpanError when it does not."""
+        return locate_subject(self.tokenizer, prompt, subject)
+
+    def forward(self, batch: TokenBatch, **kwargs: Any) -> Any:
+        """One forward pass of the whole model over a padded batch, its prompts announced to routed adapters."""
+        with self.sequences.prompts(batch.prompt_lengths):
+            return self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **kwargs
+            )
+
+    def trunk_states(self, batch: TokenBatch) -> Tensor:
+        """The residual stream after the final norm, [rows, columns, hidden]: all but the vocabulary head."""
+        with self.sequences.prompts(batch.prompt_lengths):
+            output = self.module(self.anatomy.trunk)(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+            )
+        states = output.last_hidden_state
+        assert isinstance(states, Tensor)
+        return states
+
+    # --- where adapters attach --------------------------------------------------------------------------------
+
+    def contribute(self, path: str, contribution: Contribution) -> None:
+        """Attach a contribution to the linear layer at `path`, behind those already there."""
+        layer = self.module(path)
+        if not isinstance(layer, EditedLinear):
+            offload = getattr(layer, "_hf_hook", None)
+            if getattr(offload, "offload", False):
+                raise ModelError(
+                    f"{path} is offloaded to disk or CPU between passes; load the model without offloading"
+                )
+            layer = EditedLinear(layer, self.sequences)
+            self._put(path, layer)
+        layer.contributions.append(contribution)
+        self.sequences.acquire()
+
+    def withdraw(self, path: str, contribution: Contribution) -> None:
+        """Take a contribution away; the base layer itself returns when the last one has gone."""
+        layer = self.module(path)
+        if not isinstance(layer, EditedLinear) or not any(c is contribution for c in layer.contributions):
+            raise ModelError(f"nothing of this adapter is attached at {path}")
+        layer.contributions = [c for c in layer.contributions if c is not contribution]
+        if not layer.contributions:
+            layer.base.train(layer.training)
+            self._put(path, layer.base)
+        self.sequences.release()
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        holder = self.module(parent) if parent else self.model
+        if name.isdigit() and isinstance(holder, (nn.ModuleList, nn.Sequential)):
+            holder[int(name)] = module
+        else:
+            setattr(holder, name, module)
+
+    # --- using it ---------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192) -> list[str]:
+        """Greedy continuations, one per prompt, each ending at the end token or at a line break.
+
+        Batched by length with left padding; the texts come back in the order of the prompts, without the prompt.
+        """
+        return greedy(self, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+
+    def perplexity(self, texts: Iterable[str], *, max_length: int = 512) -> float:
+        """Perplexity per token over texts, each read on its own."""
+        return perplexity(self, texts, max_length=max_length)

@@ -1,0 +1,100 @@
+"""Teacher-forced scoring: what a model predicts at the places of given answers, in batches.
+
+Only those places meet the vocabulary matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from errata.errors import NumericsError
+from errata.model.tokens import Passage
+
+if TYPE_CHECKING:
+    from errata.model.editable import EditableModel
+
+__all__ = ["ForcedAnswer", "forced_answers", "length_batches", "perplexity"]
+
+
+@dataclass(frozen=True)
+class ForcedAnswer:
+    """What the model says at an answer's places when it is shown the answer's own beginning.
+
+    Attributes:
+        predicted: the most likely token at each place; log_probs: of the answer's own tokens, in nats.
+    """
+
+    predicted: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+    @property
+    def probability(self) -> float:
+        """Of the whole answer given the prompt."""
+        return math.exp(sum(self.log_probs))
+
+
+def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices grouped into batches of like length, each of at most `tokens` padded tokens (but at least one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@torch.no_grad()
+def forced_answers(
+    model: EditableModel, passages: Sequence[Passage], *, batch_tokens: int = 8192
+) -> list[ForcedAnswer]:
+    """Score every passage's answer; the router of an attached adapter sees the prompt alone."""
+    head = model.head
+    results: list[ForcedAnswer] = [ForcedAnswer((), ())] * len(passages)
+    for indices in length_batches([len(p.ids) for p in passages], batch_tokens):
+        batch = model.batch([passages[i] for i in indices], side="right")
+        rows, columns, tokens = batch.answer_places()
+        if not len(rows):
+            continue
+        logits = head(model.trunk_states(batch)[rows, columns]).float()
+        chosen = logits.argmax(-1).tolist()
+        scores = logits.log_softmax(-1).gather(1, tokens.to(logits.device).unsqueeze(1)).squeeze(1).tolist()
+        by_row: dict[int, tuple[list[int], list[float]]] = {}
+        for row, token, score in zip(rows.tolist(), chosen, scores, strict=True):
+            predicted, log_probs = by_row.setdefault(row, ([], []))
+            predicted.append(token)
+            log_probs.append(score)
+        for row, (predicted, log_probs) in by_row.items():
+            results[indices[row]] = ForcedAnswer(tuple(predicted), tuple(log_probs))
+    return results
+
+
+@torch.no_grad()
+def perplexity(model: EditableModel, texts: Iterable[str], *, max_length: int = 512) -> float:
+    """exp of the mean negative log-likelihood per token; every text is read by itself, from its first token on.
+
+    A routed adapter takes the whole text as prompt, as it would when text is only being read.
+
+    Raises:
+        NumericsError: there is no token to score.
+    """
+    head = model.head
+    total, count = 0.0, 0
+    passages = [Passage(model.passage(text).ids[:max_length], ()) for text in texts]
+    passages = [p for p in passages if len(p.ids) > 1]
+    for indices in length_batches([len(p.ids) for p in passages], 4096):
+        batch = model.batch([passages[i] for i in indices], side="right")
+        states = model.trunk_states(batch)
+        wanted = batch.mask[:, 1:].bool()
+        logits = head(states[:, :-1][wanted]).float()
+        losses = F.cross_entropy(logits, batch.ids[:, 1:][wanted].to(logits.device), reduction="sum")
+        total, count = total + float(losses), count + int(wanted.sum())
+    if not count:
+        raise NumericsError("perplexity needs text: no token was left to score")
+    return math.exp(total / count) if total / count < 700 else math.inf

@@ -1,0 +1,223 @@
+"""Running only the blocks from an edited layer up.
+
+Training an edit at layer l changes nothing below it: those blocks are frozen and their output never moves. So the
+batch is run once, whole; the residual stream that enters block l is kept, with everything else the blocks above
+were given (masks, rotary tables, positions); and every training step then runs block l and what is above it, and the
+vocabulary head only at the places whose prediction is asked for.
+
+Where a block adds its MLP's output straight to the residual stream (Llama, GPT-J, ...; not Gemma 2 or OLMo 2, which
+normalise it first), block l itself need not run either: its output is the recorded one plus the change. Whether
+that is so is found by trying, not by name.
+
+The result equals the full run to rounding. `Tail(full=True)` is the same interface by full forwards: the oracle in
+tests and the baseline in benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.errors import TailError
+from errata.model.anatomy import output_width
+from errata.model.probes import adding, by_rows, probing
+from errata.model.sequences import ForwardPass
+
+if TYPE_CHECKING:
+    from errata.model.editable import EditableModel
+    from errata.model.tokens import TokenBatch
+
+__all__ = ["Recording", "Tail"]
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One batch as it enters the tail.
+
+    Attributes:
+        batch: the padded rows.
+        inputs: per edited layer, the inputs of its MLP output projection, [rows, columns, key width]. For layers
+            above the lowest one they are those of the recorded pass, before any change below them.
+        outputs: the outputs of that projection in the lowest layer, [rows, columns, hidden].
+        entering: what enters the lowest block, [rows, columns, hidden].
+        leaving: what leaves it.
+        calls: for every block of the tail, the other arguments it was called with.
+        forward_pass: the sequences of the pass, for routed adapters in the tail.
+    """
+
+    batch: TokenBatch
+    inputs: dict[int, Tensor]
+    outputs: Tensor
+    entering: Tensor
+    leaving: Tensor
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    forward_pass: ForwardPass
+
+
+def _states(output: Any) -> Tensor:
+    """A block's new residual stream; some families return it in a tuple."""
+    states = output[0] if isinstance(output, tuple) else output
+    assert isinstance(states, Tensor)
+    return states
+
+
+class Tail:
+    """The part of a model that an edit at `layers` can change.
+
+    Args:
+        model: the model to run, in the state in which the edit will be used.
+        layers: the layers whose MLP output projection will be changed; the lowest one decides where the tail begins.
+        full: run whole forward passes instead (slow; for comparison).
+    """
+
+    def __init__(self, model: EditableModel, layers: int | tuple[int, ...], *, full: bool = False) -> None:
+        self.model = model
+        chosen = (layers,) if isinstance(layers, int) else layers
+        self.layers = tuple(sorted({model.anatomy.layer(layer) for layer in chosen}))
+        self.full = full
+        self._additive: bool | None = None
+        self._checked = False
+
+    @property
+    def first(self) -> int:
+        return self.layers[0]
+
+    def _path(self, layer: int) -> str:
+        return self.model.anatomy.mlp_output[layer]
+
+    def _blocks(self) -> list[nn.Module]:
+        return [self.model.module(path) for path in self.model.anatomy.blocks[self.first :]]
+
+    @torch.no_grad()
+    def record(self, batch: TokenBatch) -> Recording:
+        """Run the whole model once over a batch and keep what the tail needs.
+
+        Raises:
+            TailError: blocks, final norm and head do not reproduce this model's logits.
+        """
+        anatomy = self.model.anatomy
+        inputs: dict[int, Tensor] = {}
+        kept: dict[str, Any] = {}
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def at_linear(layer: int) -> Callable[..., None]:
+            def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                inputs[layer] = by_rows(args[0], len(batch.ids))
+                if layer == self.first:
+                    kept["outputs"] = by_rows(output, len(batch.ids))
+
+            return probe
+
+        def at_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            kept.setdefault("entering", states)
+            kept.setdefault("pass", self.model.sequences.current)
+            calls.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+        def after_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kept.setdefault("leaving", _states(output))
+            kept["last"] = _states(output)
+
+        tail_blocks = anatomy.blocks[self.first :]
+        after: dict[str, Any] = {self._path(layer): at_linear(layer) for layer in self.layers}
+        after |= dict.fromkeys(tail_blocks, after_block)
+        self.model.sequences.acquire()
+        try:
+            with probing(self.model.model, before=dict.fromkeys(tail_blocks, at_block), after=after):
+                states = self.model.trunk_states(batch)
+        finally:
+            self.model.sequences.release()
+        recording = Recording(
+            batch, inputs, kept["outputs"], kept["entering"], kept["leaving"], tuple(calls), kept["pass"]
+        )
+        # Every prompt has now been read: routes above the edited layer are decided and stay.
+        recording.forward_pass.store.frozen = True
+        if not self._checked:
+            self._check(kept["last"], states)
+        if self._additive is None:
+            self._additive = self._is_additive(recording)
+        return recording
+
+    def _check(self, last: Tensor, states: Tensor) -> None:
+        """The last block's output through the final norm must be what the trunk returned."""
+        got = self._finish(last)
+        error = float((got - states).abs().max() / states.abs().max().clamp(min=1e-6))
+        if not error < 1e-3:
+            raise TailError(
+                f"between its last block and its output, {type(self.model.model).__name__} does more than the final "
+                f"norm {self.model.anatomy.final_norm!r} (relative difference {error:.1e}); declare the right one"
+            )
+        self._checked = True
+
+    def _finish(self, states: Tensor) -> Tensor:
+        anatomy = self.model.anatomy
+        if anatomy.final_norm is not None:
+            states = self.model.module(anatomy.final_norm)(states)
+        project = getattr(self.model.module(anatomy.trunk), "project_out", None)  # OPT with a narrower embedding
+        return states if project is None else project(states)
+
+    def _is_additive(self, recording: Recording) -> bool:
+        """Whether the lowest block passes a change of its MLP output on as it is."""
+        width = output_width(self.model.module(self._path(self.first)))
+        generator = torch.Generator().manual_seed(0)
+        scale = float(recording.leaving.float().std()) or 1.0
+        bump = (torch.randn(width, generator=generator) * scale).to(recording.leaving)
+        with adding(
+            self.model.model,
+            {self._path(self.first): lambda inputs: bump.expand(*inputs.shape[:2], width)},
+            len(recording.batch.ids),
+        ):
+            moved = self._run_block(0, recording.entering, recording)
+        return bool((moved - recording.leaving - bump).abs().max() < 1e-3 * scale)
+
+    def _run_block(self, index: int, states: Tensor, recording: Recording) -> Tensor:
+        args, kwargs = recording.calls[index]
+        with self.model.sequences.entered(recording.forward_pass):
+            return _states(self._blocks()[index](states, *args, **kwargs))
+
+    def run(
+        self, recording: Recording, changes: Mapping[int, Change] | Change, rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """Logits at the given places, [places, vocabulary], with the changes made.
+
+        Args:
+            changes: per layer, a function from the inputs of its MLP output projection, [rows, columns, key
+                width], to what is added to its output, [rows, columns, hidden]; a bare function means the lowest layer.
+            rows, columns: the places, [places] each.
+        """
+        return self.model.head(self.states(recording, changes, rows, columns))
+
+    def states(
+        self, recording: Recording, changes: Mapping[int, Change] | Change, rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """The residual stream behind the final norm at the given places, [places, hidden]."""
+        per_layer = {self.first: changes} if callable(changes) else dict(changes)
+        by_path = {self._path(layer): change for layer, change in per_layer.items()}
+        if self.full:
+            self.model.sequences.acquire()
+            try:
+                with adding(self.model.model, by_path, len(recording.batch.ids)):
+                    return self.model.trunk_states(recording.batch)[rows, columns]
+            finally:
+                self.model.sequences.release()
+        start = 0
+        states = recording.entering
+        if self._additive and self.first in per_layer:
+            change = per_layer[self.first](recording.inputs[self.first])
+            states = recording.leaving + change.to(recording.leaving.dtype)
+            del by_path[self._path(self.first)]
+            start = 1
+        blocks = self._blocks()
+        with (
+            adding(self.model.model, by_path, len(recording.batch.ids)),
+            self.model.sequences.entered(recording.forward_pass),
+        ):
+            for block, (args, kwargs) in zip(blocks[start:], recording.calls[start:], strict=True):
+                states = _states(block(states, *args, **kwargs))
+        return self._finish(states[rows, columns])
