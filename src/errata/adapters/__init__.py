@@ -1,0 +1,21 @@
+"""What is attached to a model and saved to disk."""
+
+from errata.adapters.base import Adapter, AutoAdapter, BaseIdentity, Explanation, LayerChange, RevertResult
+from errata.adapters.delta import DeltaAdapter, WeightChange
+from errata.adapters.memories import ColumnMemory, Memory
+from errata.adapters.routed import RoutedAdapter, RoutedLayer
+
+__all__ = [
+    "Adapter",
+    "AutoAdapter",
+    "BaseIdentity",
+    "ColumnMemory",
+    "DeltaAdapter",
+    "Explanation",
+    "LayerChange",
+    "Memory",
+    "RevertResult",
+    "RoutedAdapter",
+    "RoutedLayer",
+    "WeightChange",
+]

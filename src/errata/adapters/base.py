@@ -1,0 +1,333 @@
+"""The contract of everything that can be attached to a base model: reversible, saved whole, able to explain itself.
+
+Knows models and files. Knows nothing of how an adapter's content came about; that is the editors' business.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from errata import __version__
+from errata.datasets import read_edits, write_edits
+from errata.edit import Edit
+from errata.errors import ArtifactError, BaseMismatchError, ConfigError, EditError, NumericsError
+from errata.model import EditableModel
+from errata.model.edited_linear import Contribution
+
+__all__ = ["Adapter", "AutoAdapter", "BaseIdentity", "Explanation", "LayerChange", "RevertResult", "check_change"]
+
+FORMAT_VERSION = 1
+_CONFIG, _TENSORS, _EDITS = "adapter_config.json", "adapter_model.safetensors", "edits.jsonl"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter belongs to."""
+
+    model_id: str
+    revision: str | None
+    fingerprint: str
+    architecture: str
+
+    @classmethod
+    def of(cls, model: EditableModel) -> BaseIdentity:
+        return cls(model.model_id, model.revision, model.fingerprint, model.architecture)
+
+
+@dataclass(frozen=True)
+class RevertResult:
+    """How an edit was taken out: exactly as if it had never been made, or only nearly so, and why."""
+
+    edit_id: str
+    exactness: Literal["exact", "approximate"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an adapter would do with a prompt.
+
+    Attributes:
+        edit_id: the edit that comes closest, None when the adapter holds none.
+        score: how close, 1 being the edit's own prompt; threshold: the score from which it acts.
+        fires: whether it acts.
+        runner_up, runner_up_score: the second closest.
+    """
+
+    prompt: str
+    edit_id: str | None
+    score: float
+    threshold: float
+    fires: bool
+    runner_up: str | None = None
+    runner_up_score: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How much an adapter changes one linear layer.
+
+    Attributes:
+        norm: Frobenius norm of the change; relative_norm: that over the norm of the base weight.
+        entries: edits stored in this layer.
+    """
+
+    module: str
+    norm: float
+    relative_norm: float
+    entries: int
+
+
+def check_change(change: Tensor, what: str) -> None:
+    """Raises NumericsError when a change is not finite, or when it changes nothing."""
+    if not bool(torch.isfinite(change).all()):
+        raise NumericsError(f"{what} is not finite (NaN or infinity); lower the learning rate or the clamp")
+    if not bool(change.any()):
+        raise NumericsError(f"{what} is zero: the edit changed nothing; is its target already the model's answer?")
+
+
+class Adapter(abc.ABC):
+    """A reversible change to a base model.
+
+    After `detach()` parameters and logits of the base are bit-identical to what they were; `train()` and `eval()`
+    make no difference; everything an editor needs to go on later is part of what is saved.
+
+    Attributes:
+        base: the model it belongs to.
+        editor: name of the editor that writes it; editor_config: that editor's settings, as saved.
+        memory_version: grows with every change of content; whoever caches answers must key them by it.
+    """
+
+    adapter_type: ClassVar[str]
+
+    def __init__(self, base: BaseIdentity, editor: str = "", editor_config: Mapping[str, Any] | None = None) -> None:
+        self.base = base
+        self.editor = editor
+        self.editor_config: dict[str, Any] = dict(editor_config or {})
+        self.memory_version = 0
+        self._edits: dict[str, Edit] = {}
+        self._model: EditableModel | None = None
+        self._attached: list[tuple[str, Contribution]] = []
+
+    # --- attaching ----------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def contributions(self) -> Mapping[str, Contribution]:
+        """What stands beside which linear layer, by module path. The objects stay the same while content changes."""
+
+    @property
+    def is_attached(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> EditableModel:
+        """The model it is attached to. Raises ConfigError when it is attached to none."""
+        if self._model is None:
+            raise ConfigError("this adapter is not attached to a model; call attach(model) first")
+        return self._model
+
+    def attach(self, model: EditableModel) -> None:
+        """Let the adapter act on a model.
+
+        Raises:
+            BaseMismatchError: the adapter was made for other weights.
+            ConfigError: it is attached already.
+        """
+        if self._model is not None:
+            raise ConfigError("this adapter is attached already; detach it first")
+        if model.fingerprint != self.base.fingerprint:
+            raise BaseMismatchError(
+                f"this adapter was made for {self.base.model_id!r} (weights {self.base.fingerprint[:12]}), not for "
+                f"{model.model_id!r} (weights {model.fingerprint[:12]}); load its own base, or apply the edits anew"
+            )
+        for path, contribution in self.contributions().items():
+            model.contribute(path, contribution)
+            self._attached.append((path, contribution))
+        self._model = model
+
+    def detach(self) -> None:
+        """Return the model to what it was. Does nothing when the adapter is attached to none."""
+        if self._model is None:
+            return
+        for path, contribution in self._attached:
+            self._model.withdraw(path, contribution)
+        self._attached = []
+        self._model = None
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """The model without this adapter for a while."""
+        model = self._model
+        self.detach()
+        try:
+            yield
+        finally:
+            if model is not None:
+                self.attach(model)
+
+    # --- content ------------------------------------------------------------------------------------------------
+
+    def edits(self) -> list[Edit]:
+        """The edits it holds, in the order in which they were made."""
+        return list(self._edits.values())
+
+    def holds(self, edit_id: str) -> bool:
+        return edit_id in self._edits
+
+    def remember(self, edit: Edit) -> None:
+        """Enter an edit in the list, as the newest."""
+        self._edits.pop(edit.id, None)
+        self._edits[edit.id] = edit
+
+    def supersede(self, old_id: str, new_id: str) -> None:
+        """Strike an edit off the list because a newer one gives the same prompt another target.
+
+        What it wrote belongs to the newer edit from now on: reverting that one must not bring the old target back.
+        """
+        self._supersede(old_id, new_id)
+        self._edits.pop(old_id, None)
+
+    def revert(self, edit_id: str) -> RevertResult:
+        """Take one edit out.
+
+        Raises:
+            EditError: the adapter does not hold this edit, or it cannot be told apart from others.
+        """
+        if edit_id not in self._edits:
+            raise EditError(f"this adapter holds no edit {edit_id!r}; it holds {len(self._edits)}: see edits()")
+        result = self._revert(edit_id)
+        self._edits.pop(edit_id)
+        self.memory_version += 1
+        return result
+
+    @abc.abstractmethod
+    def _revert(self, edit_id: str) -> RevertResult: ...
+
+    @abc.abstractmethod
+    def _supersede(self, old_id: str, new_id: str) -> None: ...
+
+    @abc.abstractmethod
+    def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
+        """Which edit each prompt would meet, with its score; the attached model is used if none is given."""
+
+    @abc.abstractmethod
+    def layer_changes(self, model: EditableModel) -> list[LayerChange]:
+        """How much each layer is changed, relative to the base weights."""
+
+    @abc.abstractmethod
+    def with_random_content(self, generator: torch.Generator) -> Adapter:
+        """A copy whose changes point in random directions and have the same norms: the control that tells whether
+        damage comes from what was written or merely from how much."""
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON that hold the whole content."""
+
+    @abc.abstractmethod
+    def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json`, `adapter_model.safetensors` and `edits.jsonl`.
+
+        The configuration is written last and names a digest of the tensors, so that a save which breaks off is
+        noticed when it is loaded.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, state = self._state()
+        draft = folder / (_TENSORS + ".new")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+        os.replace(draft, folder / _TENSORS)
+        write_edits(folder / _EDITS, self.edits())
+        config = {
+            "format_version": FORMAT_VERSION,
+            "errata_version": __version__,
+            "adapter_type": self.adapter_type,
+            "editor": self.editor,
+            "editor_config": self.editor_config,
+            "base": asdict(self.base),
+            "memory_version": self.memory_version,
+            "edit_count": len(self._edits),
+            "state": state,
+            "tensors_digest": _digest(folder / _TENSORS),
+            "edits_digest": _digest(folder / _EDITS),
+        }
+        draft = folder / (_CONFIG + ".new")
+        draft.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, folder / _CONFIG)
+
+    @classmethod
+    def _from_files(cls, folder: Path, config: Mapping[str, Any]) -> Adapter:
+        adapter = cls(BaseIdentity(**config["base"]), config["editor"], config["editor_config"])
+        adapter.memory_version = config["memory_version"]
+        if config["edit_count"]:
+            for edit in read_edits(folder / _EDITS, strict=True).edits:
+                adapter.remember(edit)
+        adapter._load_state(load_file(folder / _TENSORS), config["state"])
+        return adapter
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+class AutoAdapter:
+    """Loads any adapter by what its files say it is."""
+
+    @staticmethod
+    def types() -> dict[str, type[Adapter]]:
+        from errata.adapters.delta import DeltaAdapter
+        from errata.adapters.routed import RoutedAdapter
+
+        return {kind.adapter_type: kind for kind in (DeltaAdapter, RoutedAdapter)}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, model: EditableModel | None = None) -> Adapter:
+        """Load a saved adapter, and attach it if a model is given.
+
+        Raises:
+            ArtifactError: files are missing, damaged, or of a newer format.
+            BaseMismatchError: the model is not the adapter's base.
+        """
+        folder = Path(folder)
+        if not (folder / _CONFIG).is_file():
+            raise ArtifactError(
+                f"{folder} holds no adapter: {_CONFIG} is missing. Give the folder that errata edit --out wrote"
+            )
+        try:
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            version = config["format_version"]
+            if version > FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{folder} has adapter format {version}, this errata reads up to {FORMAT_VERSION}; upgrade errata"
+                )
+            for name, key in ((_TENSORS, "tensors_digest"), (_EDITS, "edits_digest")):
+                if _digest(folder / name) != config[key]:
+                    raise ArtifactError(
+                        f"{folder / name} is damaged: its content is not what was saved. Copy the adapter again, or "
+                        "build it anew from its edits"
+                    )
+            kind = cls.types().get(config["adapter_type"])
+            if kind is None:
+                raise ArtifactError(f"{folder} has the unknown adapter type {config['adapter_type']!r}; upgrade errata")
+            adapter = kind._from_files(folder, config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"the adapter in {folder} cannot be read ({type(error).__name__}: {error})") from error
+        if model is not None:
+            adapter.attach(model)
+        return adapter

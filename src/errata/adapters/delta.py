@@ -1,0 +1,262 @@
+"""Changes of weight: low-rank factors per edit, or dense, summed in float32 beside an untouched base.
+
+Factors are kept, not multiplied out, so that an edit costs rank x (outputs + inputs) numbers on disk and can be
+subtracted. What a dense method wrote and its factors do not hold is kept as one `residue` per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.adapters.base import Adapter, BaseIdentity, Explanation, LayerChange, RevertResult, check_change
+from errata.errors import EditError
+from errata.model import EditableModel
+from errata.model.anatomy import weight_of
+from errata.model.edited_linear import Contribution
+from errata.model.probes import capturing_inputs
+from errata.model.scoring import length_batches
+
+__all__ = ["DeltaAdapter", "WeightChange"]
+
+_BLOCK = 64
+_FIRES = 0.5
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What one batch of edits added to one layer: left @ rightᵀ.
+
+    Attributes:
+        left: [outputs, rank]; right: [inputs, rank]; float32.
+        own: the largest norm of its effect over the tokens of its edits' prompts; scores are relative to it.
+        recorded: share of the squared norm of the whole change that the factors hold; 1 when they are all of it.
+    """
+
+    path: str
+    edit_ids: tuple[str, ...]
+    left: Tensor
+    right: Tensor
+    own: float
+    recorded: float = 1.0
+
+
+class _Sum:
+    """The sum of factor products of one layer, in blocks of a fixed size.
+
+    Adding changes one by one and adding them all after loading then do the same products in the same order: bit-equal.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.closed = torch.zeros(shape)
+        self.left: list[Tensor] = []
+        self.right: list[Tensor] = []
+
+    def _open(self) -> Tensor:
+        return torch.cat(self.left, dim=1) @ torch.cat(self.right, dim=1).T
+
+    def add(self, change: WeightChange) -> None:
+        self.left.append(change.left)
+        self.right.append(change.right)
+        if len(self.left) == _BLOCK:
+            self.closed = self.closed + self._open()
+            self.left, self.right = [], []
+
+    def total(self) -> Tensor:
+        return self.closed + self._open() if self.left else self.closed
+
+
+class _WeightContribution(Contribution):
+    """The changes of one layer as they enter its weight."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.sum = _Sum(shape)
+        self.residue: Tensor | None = None
+
+    def weight_change(self) -> Tensor | None:
+        total = self.sum.total()
+        return total if self.residue is None else total + self.residue
+
+
+class DeltaAdapter(Adapter):
+    """Weight changes to chosen linear layers.
+
+    Args:
+        shapes: [outputs, inputs] of each layer that may be changed, by module path.
+    """
+
+    adapter_type: ClassVar[str] = "delta"
+
+    def __init__(
+        self,
+        base: BaseIdentity,
+        editor: str = "",
+        editor_config: Mapping[str, Any] | None = None,
+        *,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(base, editor, editor_config)
+        self._layers: dict[str, _WeightContribution] = {p: _WeightContribution(s) for p, s in (shapes or {}).items()}
+        self._changes: list[WeightChange] = []
+        self.notes: dict[str, Any] = {}
+
+    @classmethod
+    def for_layers(
+        cls, model: EditableModel, paths: Sequence[str], editor: str, config: Mapping[str, Any]
+    ) -> DeltaAdapter:
+        """An empty adapter for linear layers of a model."""
+        shapes = {
+            path: (weight.shape[0], weight.shape[1]) for path in paths for weight in [weight_of(model.module(path))]
+        }
+        return cls(BaseIdentity.of(model), editor, config, shapes=shapes)
+
+    def contributions(self) -> Mapping[str, Contribution]:
+        return self._layers
+
+    def add(self, changes: Sequence[WeightChange], residues: Mapping[str, Tensor] | None = None) -> None:
+        """Take in the changes of one batch of edits, all or none of them.
+
+        Raises:
+            NumericsError: a change is not finite, or none of them changes anything.
+        """
+        residues = residues or {}
+        parts = [*(t for change in changes for t in (change.left, change.right)), *residues.values()]
+        flat = torch.cat([part.detach().flatten() for part in parts])
+        check_change(flat, "the change of weight")
+        for change in changes:
+            self._changes.append(change)
+            self._layers[change.path].sum.add(change)
+        for path, residue in residues.items():
+            layer = self._layers[path]
+            layer.residue = residue if layer.residue is None else layer.residue + residue
+        self._moved()
+
+    def _moved(self) -> None:
+        self.memory_version += 1
+        for layer in self._layers.values():
+            layer.version += 1
+
+    def _rebuild(self) -> None:
+        for layer in self._layers.values():
+            layer.sum = _Sum(layer.shape)
+        for change in self._changes:
+            self._layers[change.path].sum.add(change)
+        self._moved()
+
+    def _revert(self, edit_id: str) -> RevertResult:
+        own = [change for change in self._changes if edit_id in change.edit_ids]
+        shared = next((change for change in own if len(change.edit_ids) > 1), None)
+        if shared is not None:
+            raise EditError(
+                f"edit {edit_id!r} was written in one batch with {len(shared.edit_ids) - 1} others and cannot be told "
+                "apart from them; apply the remaining edits anew, or edit with batch_size=1"
+            )
+        last = max((i for i, change in enumerate(self._changes) if edit_id in change.edit_ids), default=-1)
+        later = len(self._changes) - 1 - last
+        recorded = min((change.recorded for change in own), default=1.0)
+        self._changes = [change for change in self._changes if edit_id not in change.edit_ids]
+        if not self._changes:
+            for layer in self._layers.values():
+                layer.residue = None
+            self._rebuild()
+            return RevertResult(edit_id, "exact", "it was the only edit; the weights are the base's again")
+        self._rebuild()
+        reasons = []
+        if later:
+            reasons.append(f"{later} later changes were computed with it in place")
+        if recorded < 1.0 - 1e-6:
+            reasons.append(f"only {recorded:.1%} of its squared norm was recorded in factors and could be removed")
+        if reasons:
+            return RevertResult(edit_id, "approximate", "its own change is subtracted, but " + " and ".join(reasons))
+        return RevertResult(edit_id, "exact", "it was the last change and is subtracted whole")
+
+    def _supersede(self, old_id: str, new_id: str) -> None:
+        self._changes = [
+            replace(change, edit_ids=tuple(new_id if i == old_id else i for i in change.edit_ids))
+            for change in self._changes
+        ]
+
+    def layer_changes(self, model: EditableModel) -> list[LayerChange]:
+        found = []
+        for path, layer in self._layers.items():
+            change = layer.weight_change()
+            norm = 0.0 if change is None else float(change.norm())
+            base = float(weight_of(model.module(path)).float().norm())
+            entries = len({i for c in self._changes if c.path == path for i in c.edit_ids})
+            found.append(LayerChange(path, norm, norm / base if base else 0.0, entries))
+        return found
+
+    @torch.no_grad()
+    def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
+        """Score of an edit on a prompt: the largest norm of the edit's effect over the prompt's tokens, relative to
+        the same on its own prompt. A change of weight always acts; "fires" means at least half as much as there."""
+        model = model or self.model
+        scores: list[dict[str, float]] = [{} for _ in prompts]
+        passages = [model.passage(prompt) for prompt in prompts]
+        for indices in length_batches([len(p.ids) for p in passages], 4096):
+            batch = model.batch([passages[i] for i in indices], side="right")
+            with capturing_inputs(model.model, self._layers, len(indices)) as keys:
+                model.trunk_states(batch)
+            for change in self._changes:
+                inputs = keys[change.path].float()
+                effect = ((inputs @ change.right.to(inputs)) @ change.left.to(inputs).T).norm(dim=-1)
+                strongest = effect.masked_fill(~batch.mask.bool(), 0.0).amax(dim=1) / max(change.own, 1e-12)
+                for index, score in zip(indices, strongest.tolist(), strict=True):
+                    for edit_id in change.edit_ids:
+                        scores[index][edit_id] = max(scores[index].get(edit_id, 0.0), score)
+        explanations = []
+        for prompt, by_edit in zip(prompts, scores, strict=True):
+            held = sorted(((s, i) for i, s in by_edit.items() if i in self._edits), key=lambda pair: -pair[0])
+            best = held[0] if held else (0.0, None)
+            second = held[1] if len(held) > 1 else (None, None)
+            explanations.append(Explanation(prompt, best[1], best[0], _FIRES, best[0] >= _FIRES, second[1], second[0]))
+        return explanations
+
+    def with_random_content(self, generator: torch.Generator) -> DeltaAdapter:
+        shapes = {path: layer.shape for path, layer in self._layers.items()}
+        control = DeltaAdapter(self.base, self.editor, self.editor_config, shapes=shapes)
+        for path, layer in self._layers.items():
+            change = layer.weight_change()
+            if change is not None and bool(change.any()):
+                noise = torch.randn(layer.shape, generator=generator)
+                control.add([], {path: noise * (change.norm() / noise.norm())})
+        return control
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for number, change in enumerate(self._changes):
+            tensors[f"change.{number}.left"] = change.left
+            tensors[f"change.{number}.right"] = change.right
+            rows.append(
+                {"path": change.path, "edit_ids": change.edit_ids, "own": change.own, "recorded": change.recorded}
+            )
+        tensors |= {
+            f"residue.{path}": layer.residue for path, layer in self._layers.items() if layer.residue is not None
+        }
+        shapes = {path: list(layer.shape) for path, layer in self._layers.items()}
+        return tensors, {"shapes": shapes, "changes": rows, "notes": self.notes}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        self._layers = {path: _WeightContribution((shape[0], shape[1])) for path, shape in state["shapes"].items()}
+        for path, layer in self._layers.items():
+            layer.residue = tensors.get(f"residue.{path}")
+        self._changes = [
+            WeightChange(
+                row["path"],
+                tuple(row["edit_ids"]),
+                tensors[f"change.{n}.left"],
+                tensors[f"change.{n}.right"],
+                row["own"],
+                row["recorded"],
+            )
+            for n, row in enumerate(state["changes"])
+        ]
+        for change in self._changes:
+            self._layers[change.path].sum.add(change)
+        self.notes = dict(state["notes"])
