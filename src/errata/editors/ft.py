@@ -1,0 +1,164 @@
+"""FT-M: fine-tuning one layer on the target tokens, the prompt masked. The plain baseline, honestly done.
+
+Objective "target_new" of EasyEdit: ordinary causal cross-entropy on the target. (FT-L, which scores every target
+token from the one distribution behind the prompt, is wrong for targets of several tokens and is not this.)
+
+What we do differently: one leading space, label boundaries by token ids, optimiser state per batch, the change kept
+beside the weight. Each batch's own change is recorded as low-rank factors so that it can be subtracted later; what
+the factors do not hold stays in the adapter's residue, and `revert` says how much that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errata.adapters import DeltaAdapter, WeightChange
+from errata.edit import Edit
+from errata.editors.base import Editor, EditorConfig, Written
+from errata.editors.layers import scaled_layer, shape_key
+from errata.errors import ConfigError
+from errata.model import EditableModel
+from errata.model.anatomy import weight_of
+from errata.model.tail import Tail
+from errata.progress import Progress
+
+__all__ = ["FineTune", "FineTuneConfig"]
+
+# EasyEdit's hyperparameter files for FT: Llama layer 21; GPT-J layer 21; Adam, 5e-4, 25 steps, no constraint.
+_PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
+    ("llama", 32, 4096): {"layers": (21,), "source": "EasyEdit FT for Llama: layer 21, unconstrained"},
+    ("gptj", 28, 4096): {"layers": (21,), "source": "EasyEdit FT for GPT-J: layer 21, unconstrained"},
+    ("gpt2", 48, 1600): {"layers": (1,), "source": "EasyEdit FT for GPT-2 XL: layer 1, unconstrained"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(EditorConfig):
+    """Settings of FT-M.
+
+    Attributes:
+        layers: blocks whose MLP output projection is trained.
+        learning_rate, steps, weight_decay: of Adam, started anew for each batch.
+        stop_loss: no further step once the loss is below this.
+        clamp: largest change of a single weight by one batch, or None for no limit.
+        recorded_rank: rank of the factors recorded for each batch.
+        full_forward: train through whole forward passes instead of the tail (slow; for comparison).
+    """
+
+    layers: tuple[int, ...] = (0,)
+    learning_rate: float = 5e-4
+    steps: int = 25
+    weight_decay: float = 0.0
+    stop_loss: float = 1e-2
+    clamp: float | None = None
+    recorded_rank: int = 8
+    full_forward: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.learning_rate <= 0 or self.recorded_rank < 1 or not self.layers:
+            raise ConfigError("ft needs at least one layer, one step, rank 1 and a positive learning rate")
+
+    @classmethod
+    def published(cls, model: EditableModel) -> dict[str, Any] | None:
+        return _PUBLISHED.get(shape_key(model))
+
+    @classmethod
+    def derived(cls, model: EditableModel) -> dict[str, Any]:
+        # A step of Adam moves every weight by the learning rate, so what one step does to the output grows with
+        # the key width; 5e-4 is published for widths of about 11,000.
+        width = model.anatomy.key_width[0]
+        return {
+            "layers": (scaled_layer(model, 21, 32),),
+            "learning_rate": 5e-4 * max(1.0, (11008 / width) ** 0.5),
+            "source": "EasyEdit FT for Llama, depth and learning rate scaled to this model",
+        }
+
+
+class FineTune(Editor[FineTuneConfig]):
+    """Fine-tunes the MLP output projection of chosen layers on each edit's target."""
+
+    name = "ft"
+    summary = "fine-tune one MLP output projection on the target tokens (FT-M)"
+    paper = "EasyEdit's FT-M (target_new), 2308.07269"
+    Config = FineTuneConfig
+
+    def _new_adapter(self) -> DeltaAdapter:
+        paths = [self.model.anatomy.mlp_output[self.model.anatomy.layer(layer)] for layer in self.config.layers]
+        return DeltaAdapter.for_layers(self.model, paths, self.name, self.config.to_record())
+
+    def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
+        model, config = self.model, self.config
+        assert isinstance(self.adapter, DeltaAdapter)
+        layers = [model.anatomy.layer(layer) for layer in config.layers]
+        batch = model.batch([model.passage(edit.prompt, edit.target) for edit in edits], side="right")
+        rows, columns, labels = batch.answer_places()
+        tail = Tail(model, tuple(layers), full=config.full_forward)
+        recording = tail.record(batch)
+        changes = {
+            layer: torch.zeros(weight_of(model.module(model.anatomy.mlp_output[layer])).shape, device=model.device)
+            for layer in layers
+        }
+        for change in changes.values():
+            change.requires_grad_(True)
+        optimizer = torch.optim.Adam(changes.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+        def product(change: Tensor) -> Any:
+            return lambda inputs: inputs @ change.to(inputs.dtype).T
+
+        taken = 0
+        for _ in range(config.steps):
+            logits = tail.run(recording, {layer: product(change) for layer, change in changes.items()}, rows, columns)
+            # Mean over each edit's own tokens first: a long target weighs no more than a short one.
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            per_edit = torch.zeros(len(edits), device=losses.device).index_add(0, rows, losses)
+            loss = (per_edit / torch.bincount(rows, minlength=len(edits)).clamp(min=1)).mean()
+            if loss.item() < config.stop_loss:
+                break
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            taken += 1
+            if config.clamp is not None:
+                with torch.no_grad():
+                    for change in changes.values():
+                        change.clamp_(-config.clamp, config.clamp)
+        self._commit(edits, {layer: c.detach().cpu() for layer, c in changes.items()}, recording.inputs, batch.mask)
+        return Written((taken,) * len(edits))
+
+    def _commit(
+        self, edits: Sequence[Edit], changes: dict[int, Tensor], inputs: dict[int, Tensor], mask: Tensor
+    ) -> None:
+        assert isinstance(self.adapter, DeltaAdapter)
+        recorded: list[WeightChange] = []
+        residues: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for layer, change in changes.items():
+            path = self.model.anatomy.mlp_output[layer]
+            left, right = _low_rank(change, self.config.recorded_rank, generator)
+            effect = (inputs[layer].float().cpu() @ change.T).norm(dim=-1)[mask.bool().cpu()]
+            whole = float(change.square().sum())
+            residue = change - left @ right.T
+            share = 1.0 - float(residue.square().sum()) / whole if whole else 1.0
+            ids = tuple(edit.id for edit in edits)
+            recorded.append(WeightChange(path, ids, left, right, float(effect.max()), share))
+            residues[path] = residue
+        self.adapter.add(recorded, residues)
+
+
+def _low_rank(change: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Factors [outputs, r], [inputs, r] of a near-best rank-r approximation, by randomised range finding
+    (Halko, Martinsson and Tropp 2011, with two power iterations)."""
+    rank = min(rank, *change.shape)
+    sketch = torch.randn(change.shape[1], min(rank + 4, change.shape[1]), generator=generator)
+    basis = torch.linalg.qr(change @ sketch).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(change @ (change.T @ basis)).Q
+    left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    return (basis @ left[:, :rank]) * values[:rank], right[:rank].T.contiguous()

@@ -1,0 +1,45 @@
+"""All editing methods by name. Other packages add theirs through the entry-point group `errata.editors`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+from errata.errors import ConfigError, unknown_name
+
+__all__ = ["GROUP", "editor_class", "editor_names"]
+
+GROUP = "errata.editors"
+
+# Targets are imported when asked for, so listing the names costs nothing.
+_BUILT_IN: dict[str, str] = {
+    "ft": "errata.editors.ft:FineTune",
+    "memoir": "errata.editors.memoir:Memoir",
+    "rome": "errata.editors.rome:Rome",
+}
+
+
+def _targets() -> dict[str, str]:
+    targets = dict(_BUILT_IN)
+    for entry in entry_points(group=GROUP):
+        if targets.get(entry.name, entry.value) != entry.value:
+            raise ConfigError(
+                f"two editors are called {entry.name!r}: {targets[entry.name]} and {entry.value}; uninstall one of them"
+            )
+        targets[entry.name] = entry.value
+    return targets
+
+
+def editor_names() -> Iterator[str]:
+    yield from sorted(_targets())
+
+
+def editor_class(name: str) -> Any:
+    """The class of an editing method. Raises ConfigError, with the nearest names, for one that does not exist."""
+    targets = _targets()
+    if name not in targets:
+        raise ConfigError(unknown_name("method", name, targets))
+    module, _, attribute = targets[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
