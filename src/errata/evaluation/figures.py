@@ -1,0 +1,136 @@
+"""Figures that read without the code: one style, colours that colour-blind readers can tell apart, SVG or PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "comparison_figure", "retention_figure", "save_figure", "scores_figure", "svg"]
+
+# Okabe and Ito's palette.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element, to be put into a page."""
+    import matplotlib
+
+    out = io.StringIO()
+    # A fixed salt keeps element ids, and so the file, the same from run to run.
+    with matplotlib.rc_context({"svg.hashsalt": "errata", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format its name ends with."""
+    figure.savefig(path, dpi=130)
+
+
+def scores_figure(after: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Reliability, generalization and locality before and after, generated and teacher-forced, with intervals."""
+    names = [
+        name
+        for name in ("reliability", "generalization", "locality", "portability")
+        if after[name]["generated"] is not None
+    ]
+    figure, (axes,) = _figure(7.5, 3.6)
+    width = 0.26
+    bars = (
+        ("unedited, generated", before, "generated", "#999999"),
+        ("edited, generated", after, "generated", COLOURS[0]),
+        ("edited, teacher-forced", after, "teacher_forced", COLOURS[5]),
+    )
+    for number, (label, scores, way, colour) in enumerate(bars):
+        places = [at + (number - 1) * width for at in range(len(names))]
+        values = [scores[name][way] or 0.0 for name in names]
+        drawn = axes.bar(places, values, width, label=label, color=colour)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
+        if way == "generated":
+            low = [v - (scores[n]["generated_interval"][0] or 0.0) for n, v in zip(names, values, strict=True)]
+            high = [(scores[n]["generated_interval"][1] or 0.0) - v for n, v in zip(names, values, strict=True)]
+            axes.errorbar(places, values, yerr=[low, high], fmt="none", ecolor="#333333", capsize=2, linewidth=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylim=(0, 1.15), ylabel="share of edits")
+    axes.legend(fontsize=8, ncols=3, loc="upper center", frameon=False)
+    return figure
+
+
+def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Left: success over the run, right after each edit and after all of them. Right: success by age at the end."""
+    figure, (over, age) = _figure(7.5, 3.2, 1, 2)
+    counts = [row["edits"] for row in rows]
+    over.plot(counts, [row["immediate"] for row in rows], "s--", color=COLOURS[5], label="right after the edit")
+    over.plot(
+        counts, [row["reliability"]["generated"] for row in rows], "o-", color=COLOURS[0], label="after all edits"
+    )
+    over.set(xlabel="edits made", ylabel="reliability (generated)", ylim=(-0.03, 1.05), title=title)
+    over.legend(fontsize=8, loc="lower left")
+    retention = {int(a): share for a, share in rows[-1]["retention"].items()}
+    ages = sorted(retention)
+    edges = [*ages[1:], counts[-1]]
+    labels = [str(a) if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(ages, edges, strict=True)]
+    age.bar(range(len(ages)), [retention[a] for a in ages], color=COLOURS[0])
+    age.set_xticks(range(len(ages)), labels, fontsize=8)
+    age.set(xlabel="edits made since", ylabel="still answered", ylim=(0, 1.05), title="retention by age")
+    return figure
+
+
+def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Each method over the number of sequential edits: three properties, and perplexity of held-out text."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
+    unedited = [row for row in rows if row["method"] == "unedited"]
+    figure, axes = _figure(9.0, 6.4, 2, 2)
+    titles = ("reliability", "generalization", "locality", "perplexity")
+    subtitles = ("the edited prompt", "wordings never shown", "other prompts unchanged", "held-out text, log scale")
+    for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
+
+        def value(row: Mapping[str, Any], name: str = name) -> float:
+            found = row["perplexity"] if name == "perplexity" else row[name]["generated"]
+            return math.nan if found is None else float(found)
+
+        for number, method in enumerate(methods):
+            own = [row for row in rows if row["method"] == method]
+            counts = [row["edits"] for row in own]
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(counts, [value(r) for r in own], marker=_MARKERS[number % 7], color=colour, label=method)
+            if name != "perplexity":
+                low = [r[name]["generated_interval"][0] for r in own]
+                high = [r[name]["generated_interval"][1] for r in own]
+                if None not in low and None not in high:
+                    axis.fill_between(counts, low, high, color=colour, alpha=0.12, linewidth=0)
+        if unedited:
+            axis.plot(
+                [r["edits"] for r in unedited], [value(r) for r in unedited], ":", color="#666666", label="unedited"
+            )
+        axis.set(xscale="log", xlabel="sequential edits", title=f"{name}\n{subtitle}")
+        axis.title.set_fontsize(10)
+        counts = sorted({row["edits"] for row in rows})
+        axis.set_xticks(counts, [str(c) for c in counts])
+        axis.minorticks_off()
+        if name == "perplexity":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(-0.03, 1.05)
+    axes[0].legend(fontsize=9, loc="lower left")
+    return figure
