@@ -1,0 +1,90 @@
+"""Training an edit on the blocks above it against training it through whole forward passes: same code, same result.
+
+Two models: atlas (six blocks, the memory beside the fifth) and a random Llama of 24 blocks and hidden size 256 (the
+memory beside block 20, MEMOIR's relative depth). Both ways run alternately, a few edits each, without early stopping,
+so that both take the same steps; the median over edits is compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from errata.atlas.edits import world_edits
+from errata.editors.memoir import Memoir
+from errata.model import EditableModel
+from errata.progress import NO_PROGRESS, Progress
+
+__all__ = ["run"]
+
+_EDITS, _STEPS = 6, 25
+
+
+def _deep_model() -> EditableModel:
+    """24 random blocks of hidden size 256 with atlas's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    atlas = EditableModel.load("atlas")
+    config = LlamaConfig(
+        vocab_size=len(atlas.tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return EditableModel(LlamaForCausalLM(config), atlas.tokenizer, model_id="random-24")
+
+
+def _compare(name: str, model: EditableModel, progress: Progress) -> dict[str, Any]:
+    edits = world_edits(_EDITS + 1)
+    ways = {}
+    for full in (False, True):
+        settings: dict[str, Any] = {"steps": _STEPS, "stop_loss": 0.0, "full_forward": full, "relative_threshold": 0.5}
+        ways[full] = Memoir(model, **settings)
+        ways[full].prepare()
+        ways[full].adapter.detach()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    progress.start(f"bench tail: {name}", len(edits))
+    for number, edit in enumerate(edits):
+        for full, editor in ways.items():
+            editor.adapter.attach(model)
+            began = time.perf_counter()
+            editor.edit([edit])
+            if number:  # the first edit warms both ways up
+                seconds[full].append(time.perf_counter() - began)
+            editor.adapter.detach()
+        progress.advance(1)
+    prompts = [model.passage(edit.prompt) for edit in edits]
+    logits = {}
+    for full, editor in ways.items():
+        editor.adapter.attach(model)
+        with torch.no_grad():
+            logits[full] = model.forward(model.batch(prompts)).logits
+        editor.adapter.detach()
+    tail, whole = statistics.median(seconds[False]), statistics.median(seconds[True])
+    return {
+        "model": name,
+        "blocks": model.layer_count,
+        "layer": ways[False].config.layer,
+        "tail_seconds_per_edit": tail,
+        "full_seconds_per_edit": whole,
+        "ratio": whole / tail,
+        "largest_difference_of_logits": float((logits[False] - logits[True]).abs().max()),
+    }
+
+
+def run(progress: Progress = NO_PROGRESS) -> dict[str, Any]:
+    """Ratios full / tail: how many times faster an edit is through the tail."""
+    rows = [
+        _compare("atlas", EditableModel.load("atlas"), progress),
+        _compare("random Llama, 24 blocks, hidden size 256", _deep_model(), progress),
+    ]
+    return {"ratios": {"tail_vs_full": rows[0]["ratio"], "tail_vs_full_24": rows[1]["ratio"]}, "rows": rows}
