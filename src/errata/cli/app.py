@@ -55,12 +55,210 @@ def atlas_train(
     steps: Annotated[int | None, typer.Option(help="Train for exactly this many steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of documents.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is resumed.")] = Path("errata-atlas"),
+    instruct: Annotated[
+        bool, typer.Option("--instruct", help="Train the instruction-tuned variant on top of the shipped base instead.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an atlas: deterministic, resumable after a kill, with a learning curve."""
     from errata.cli.atlas import train
 
-    train(size, minutes, steps, seed, out, as_json, "errata " + " ".join(sys.argv[1:]))
+    train(size, minutes, steps, seed, out, instruct, as_json, "errata " + " ".join(sys.argv[1:]))
+
+
+@atlas_app.command("info")
+@guarded
+def atlas_info(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder written by atlas train; the shipped checkpoint if not given.")
+    ] = None,
+    recorded: Annotated[
+        bool,
+        typer.Option("--recorded", help="Print what was measured when the checkpoint was made, without measuring."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the shipped checkpoint knows: facts, capabilities, prose."""
+    from errata.cli.atlas import info
+
+    info(checkpoint, recorded, as_json)
+
+
+ModelName = Annotated[str, typer.Option("--model", help="A folder, a Hugging Face hub id, or atlas.")]
+Device = Annotated[str | None, typer.Option(help="Where to load the model: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; float32 on a CPU if not given.")]
+EditsFile = Annotated[Path, typer.Option("--edits", help="errata JSONL, CounterFact JSON or ZsRE JSON; .gz too.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first N edits.", min=1)]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that does not fit.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method, name=value; see errata methods.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(help="Longest answer that is generated, the same for every question.", min=1)
+]
+Text = Annotated[Path | None, typer.Option(help="Held-out text for perplexity; errata's own prose if not given.")]
+
+
+@app.command()
+@guarded
+def demo(
+    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    edits: Annotated[int, typer.Option(help="How many facts to correct.")] = 100,
+    seed: Annotated[int, typer.Option(help="Which facts, and in which order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the adapter.")] = Path("errata-demo"),
+    settings: Setting = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch facts being corrected in a real language model one after the other, and get a report."""
+    from errata.cli.demo import demo as run
+
+    run(method, edits, seed, out, settings or [], as_json, "errata " + " ".join(sys.argv[1:]))
+
+
+@app.command()
+@guarded
+def edit(
+    edits: EditsFile,
+    model: ModelName = "atlas",
+    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    limit: Limit = None,
+    batch_size: Annotated[int | None, typer.Option(help="Edits written together.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the method's random choices.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the adapter; one found there is gone on with.")] = Path(
+        "errata-adapter"
+    ),
+    settings: Setting = None,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write edits into an adapter. Interrupted or repeated, it goes on with what is missing."""
+    from errata.cli.editing import edit as run
+
+    run(model, method, edits, limit, batch_size, seed, out, settings or [], strict, device, dtype, as_json)
+
+
+@app.command()
+@guarded
+def evaluate(
+    edits: EditsFile,
+    model: ModelName = "atlas",
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; the unedited model if not given.")] = None,
+    limit: Limit = None,
+    text: Text = None,
+    max_new_tokens: MaxNewTokens = 20,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure reliability, generalization, locality and portability of an adapter, and perplexity."""
+    from errata.cli.measuring import evaluate as run
+
+    run(model, adapter, edits, limit, text, max_new_tokens, strict, device, dtype, as_json)
+
+
+@app.command()
+@guarded
+def compare(
+    methods: Annotated[str, typer.Option(help="Methods with commas between them.")] = "ft,rome,memoir",
+    edits: Annotated[Path | None, typer.Option(help="File of edits; on atlas, its own world if not given.")] = None,
+    model: ModelName = "atlas",
+    checkpoints: Annotated[str, typer.Option(help="Numbers of edits at which everything is asked.")] = "1,10,100",
+    limit: Limit = None,
+    seed: Annotated[int, typer.Option(help="Which of atlas's facts, and in which order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; one found there is gone on with.")] = Path(
+        "errata-compare"
+    ),
+    text: Text = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of one method: method.name=value.")
+    ] = None,
+    controls: Annotated[bool, typer.Option(help="Also run no-op edits and random content.")] = True,
+    max_new_tokens: MaxNewTokens = 20,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods on the same edits in the same order; a table and a figure. Resumable after a kill."""
+    from errata.cli.measuring import compare as run
+
+    run(
+        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, controls, max_new_tokens, strict,
+        device, dtype, as_json,
+    )  # fmt: skip
+
+
+@app.command()
+@guarded
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    model: ModelName = "atlas",
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter.")] = None,
+    max_new_tokens: MaxNewTokens = 20,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the model answers, before and after an adapter."""
+    from errata.cli.editing import generate as run
+
+    run(model, adapter, prompts, max_new_tokens, device, dtype, as_json)
+
+
+@app.command()
+@guarded
+def explain(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of an adapter.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model; the one the adapter names if not given.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which edit fires for a prompt, and with what score."""
+    from errata.cli.editing import explain as run
+
+    run(model, adapter, prompts, device, dtype, as_json)
+
+
+@app.command()
+@guarded
+def methods(as_json: AsJson = False) -> None:
+    """The editing methods and their settings."""
+    from errata.cli.looking import methods as run
+
+    run(as_json)
+
+
+@app.command()
+@guarded
+def bench(
+    name: Annotated[str, typer.Argument(help="The benchmark: tail.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run one benchmark: ratios against a baseline measured in the same run."""
+    from errata.cli.measuring import bench as run
+
+    run(name, as_json)
+
+
+@app.command()
+@guarded
+def doctor(
+    model: Annotated[str, typer.Argument(help="A folder, a Hugging Face hub id, or atlas.")],
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """What errata understands of a model, which methods it can take, and why not the others."""
+    from errata.cli.looking import doctor as run
+
+    run(model, device, dtype, as_json)
 
 
 def main() -> None:

@@ -1,0 +1,178 @@
+"""`errata edit`, `generate`, `explain`: writing edits and looking at what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from errata.cli.common import load_adapter, load_edits, load_model, parse_settings
+from errata.cli.output import emit, log
+from errata.errors import ConfigError
+from errata.progress import progress_bar
+
+__all__ = ["edit", "explain", "generate"]
+
+_SAVE_EVERY = 100
+
+
+def edit(
+    model_name: str,
+    method: str,
+    edits_path: Path,
+    limit: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    out: Path,
+    settings: list[str],
+    strict: bool,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    given = parse_settings(settings)
+    if batch_size is not None:
+        given["batch_size"] = batch_size
+    if seed is not None:
+        given["seed"] = seed
+    from errata.editors import editor_class
+
+    cls = editor_class(method)
+    found = load_edits(edits_path, limit, strict)
+    model = load_model(model_name, device, dtype)
+    from errata.adapters import AutoAdapter
+
+    adapter = None
+    if (out / "adapter_config.json").exists():
+        adapter = AutoAdapter.from_pretrained(out)
+        if (
+            given
+            and cls.Config.for_model(model, **given).to_record()
+            != cls.Config.from_record(adapter.editor_config).to_record()
+        ):
+            raise ConfigError(
+                f"{out} holds an adapter made with other settings; give another --out, or leave the settings out"
+            )
+    editor = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
+    waiting = [e for e in found.edits if not editor.adapter.holds(e.id)]
+    held = len(found.edits) - len(waiting)
+    if held:
+        log(f"{out} holds {held} of these edits already; going on with the other {len(waiting)}")
+    log(f"{model.model_id}: {method}, settings {editor.config.source}")
+    applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
+    took = 0
+    step = max(_SAVE_EVERY, editor.config.batch_size)
+    with progress_bar() as progress:
+        prepare_seconds = editor.prepare(progress)
+        for start in range(0, len(waiting), step):
+            outcome = editor.edit(waiting[start : start + step], progress)
+            applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
+            took += sum(a.took for a in outcome.applied)
+            refused += outcome.refused
+            for old, new in outcome.superseded:
+                log(f"superseded: {old} by {new} (same prompt, other target)")
+            editor.adapter.save_pretrained(out)
+    if not waiting:
+        editor.adapter.save_pretrained(out)
+    for one in refused:
+        log(f"refused: {one.edit_id}: {one.reason}")
+    record: dict[str, Any] = {
+        "method": method,
+        "model": model.model_id,
+        "edits_applied": applied,
+        "edits_refused": len(refused),
+        "edits_held": len(editor.adapter.edits()),
+        "edits_took": took,
+        "records_left_out": len(found.problems),
+        "seconds_per_edit": seconds / max(1, applied),
+        "prepare_seconds": prepare_seconds,
+        "memory_version": editor.adapter.memory_version,
+        "adapter": str(out),
+    }
+
+    def words() -> None:
+        print(f"{applied} edits written with {method}, {took} of them took on their own prompt, {len(refused)} refused")
+        print(f"{record['seconds_per_edit']:.3f} s per edit after {prepare_seconds:.1f} s of preparation")
+        for change in editor.adapter.layer_changes(model):
+            print(f"{change.module}: norm of change {change.norm:.4g}, {change.relative_norm:.2%} of the weight's")
+        print(f"adapter in {out}; next: errata evaluate --model {model_name} --adapter {out} --edits {edits_path}")
+
+    emit(record, as_json, words)
+
+
+def generate(
+    model_name: str,
+    adapter_path: Path | None,
+    prompts: list[str],
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    model = load_model(model_name, device, dtype)
+    before = model.generate(prompts, max_new_tokens=max_new_tokens)
+    adapter = load_adapter(adapter_path, model)
+    after = before if adapter is None else model.generate(prompts, max_new_tokens=max_new_tokens)
+    rows = [
+        {"prompt": p, "before": b.strip(), "after": a.strip()} for p, b, a in zip(prompts, before, after, strict=True)
+    ]
+    record = {"model": model.model_id, "adapter": None if adapter is None else str(adapter_path), "generations": rows}
+
+    def words() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_lines=True)
+        for column in ("prompt", "before", "after") if adapter is not None else ("prompt", "answer"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            cells = (
+                (row["prompt"], row["before"], row["after"]) if adapter is not None else (row["prompt"], row["before"])
+            )
+            table.add_row(*cells)
+        Console().print(table)
+
+    emit(record, as_json, words)
+
+
+def explain(
+    model_name: str | None, adapter_path: Path, prompts: list[str], device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    from errata.adapters import AutoAdapter
+
+    adapter = AutoAdapter.from_pretrained(adapter_path)
+    model = load_model(model_name or adapter.base.model_id, device, dtype)
+    adapter.attach(model)
+    edits = {e.id: e for e in adapter.edits()}
+    rows = []
+    for found in adapter.explain(prompts):
+        nearest = edits.get(found.edit_id or "")
+        rows.append(
+            {
+                **vars(found),
+                "edit_prompt": nearest.prompt if nearest else None,
+                "edit_target": nearest.target if nearest else None,
+            }
+        )
+    record = {"adapter": str(adapter_path), "method": adapter.editor, "edits": len(edits), "explanations": rows}
+
+    def words() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_lines=True)
+        for column in ("prompt", "fires", "score", "threshold", "nearest edit", "its target", "runner-up"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            second = "–" if row["runner_up"] is None else f"{row['runner_up']} ({row['runner_up_score']:.3f})"
+            table.add_row(
+                row["prompt"],
+                "yes" if row["fires"] else "no",
+                f"{row['score']:.3f}",
+                f"{row['threshold']:.3f}",
+                f"{row['edit_id'] or '–'}\n{row['edit_prompt'] or ''}",
+                row["edit_target"] or "–",
+                second,
+            )
+        Console().print(table)
+
+    emit(record, as_json, words)
