@@ -1,0 +1,41 @@
+"""The contract suite: every registered editor, several families, every check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.editors import Editor, editor_class, editor_names
+from errata.model import EditableModel
+from errata.testing import Case, conformance_checks
+
+# Llama; transposed weights and absolute positions; norms behind the MLP and capped logits; tokens flattened inside.
+FAMILIES = ("llama", "gpt2", "gemma2", "opt")
+
+# Settings under which random models of width 32 can be taught at all.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ft": {"learning_rate": 1e-2, "steps": 60},
+    "rome": {"tokens_per_width": 4.0, "steps": 100, "clamp": 60.0, "contexts": 0, "kl_factor": 0.0, "weight_decay": 0.0},
+    "memoir": {"steps": 150, "learning_rate": 3.0, "contexts": 2},
+}
+
+
+def make(name: str) -> Callable[[EditableModel], Editor[Any]]:
+    def make_editor(model: EditableModel) -> Editor[Any]:
+        editor: Editor[Any] = editor_class(name)(model, **SETTINGS.get(name, {}))
+        return editor
+
+    return make_editor
+
+
+MAKERS = {name: make(name) for name in editor_names()}
+
+
+@pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_contract(name: str, family: str, check: Callable[[Case], None], tmp_path: Path) -> None:
+    check(Case(MAKERS[name], family, tmp_path))
