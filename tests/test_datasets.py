@@ -67,7 +67,12 @@ def test_each_form_is_recognised_by_its_content(tmp_path: Path) -> None:
 
 def test_the_fields_of_counterfact_land_where_they_belong(tmp_path: Path) -> None:
     flat, full = (read_edits(write(tmp_path / "x.json", json.dumps([r]))).edits[0] for r in (FLAT, FULL))
-    assert (flat.id, flat.target, flat.rephrases, flat.locality[0].answer) == ("counterfact-3", "English", ("Ann speaks",), "Dutch")
+    assert (flat.id, flat.target, flat.rephrases, flat.locality[0].answer) == (
+        "counterfact-3",
+        "English",
+        ("Ann speaks",),
+        "Dutch",
+    )
     assert full.prompt == "Ann {x} {{comes}} from"
     assert (full.subject, full.target, full.ground_truth) == ("Ann {x}", "Paris", "London")
     assert [(p.prompt, p.answer) for p in full.locality] == [("Bob is from", "London"), ("Eve is from", "London")]
@@ -116,8 +121,8 @@ def test_a_list_that_breaks_off_gives_what_stands_before(tmp_path: Path) -> None
     [
         (b"", "is empty"),
         (b"[]", "holds no edits"),
-        (b'{"foo": 1}', "field 'prompt': is missing"),
-        (b'[{"question": 1}]', "field 'prompt'"),
+        (b'{"foo": 1}', r"found \['foo'\].*errata JSONL \(prompt, target\)"),
+        (b'[{"question": 1}]', "no known form"),
         (b"\xff\xfe\x00", "is not UTF-8"),
         (b"\x1f\x8bxx", "cannot be read"),
     ],

@@ -16,7 +16,9 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=3
 
 @st.composite
 def records(draw: st.DrawFn) -> dict[str, Any]:
-    probe = st.one_of(TEXT, st.fixed_dictionaries({"prompt": TEXT}, optional={"answer": TEXT, "kind": TEXT, "weight": st.integers()}))
+    probe = st.one_of(
+        TEXT, st.fixed_dictionaries({"prompt": TEXT}, optional={"answer": TEXT, "kind": TEXT, "weight": st.integers()})
+    )
     answered = st.fixed_dictionaries({"prompt": TEXT, "answer": TEXT})
     record = {
         "prompt": draw(TEXT),
@@ -28,7 +30,9 @@ def records(draw: st.DrawFn) -> dict[str, Any]:
         "portability": draw(st.lists(answered, max_size=2)),
         "tags": draw(st.lists(TEXT, max_size=2)),
     }
-    return record | {f"x-{name}": value for name, value in draw(st.dictionaries(TEXT, st.integers(), max_size=2)).items()}
+    return record | {
+        f"x-{name}": value for name, value in draw(st.dictionaries(TEXT, st.integers(), max_size=2)).items()
+    }
 
 
 @settings(deadline=None, max_examples=100)
@@ -43,7 +47,9 @@ def test_a_line_of_json_comes_back_as_the_same_edit(record: dict[str, Any]) -> N
 
 
 def test_a_locality_entry_may_be_a_bare_prompt() -> None:
-    edit = Edit.from_record({"prompt": "p", "target": "t", "locality": ["q", {"prompt": "r", "answer": "s", "weight": 2}]})
+    edit = Edit.from_record(
+        {"prompt": "p", "target": "t", "locality": ["q", {"prompt": "r", "answer": "s", "weight": 2}]}
+    )
     assert [(p.prompt, p.answer) for p in edit.locality] == [("q", None), ("r", "s")]
     assert edit.to_record()["locality"][1]["weight"] == 2
 

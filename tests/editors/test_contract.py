@@ -18,8 +18,16 @@ FAMILIES = ("llama", "gpt2", "gemma2", "opt")
 # Settings under which random models of width 32 can be taught at all.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ft": {"learning_rate": 1e-2, "steps": 60},
-    "rome": {"tokens_per_width": 4.0, "steps": 100, "clamp": 60.0, "contexts": 0, "kl_factor": 0.0, "weight_decay": 0.0},
-    "memoir": {"steps": 150, "learning_rate": 3.0, "contexts": 2},
+    "rome": {
+        "tokens_per_width": 4.0,
+        "learning_rate": 0.1,
+        "steps": 250,
+        "clamp": 200.0,
+        "contexts": 0,
+        "kl_factor": 0.0,
+        "weight_decay": 0.0,
+    },
+    "memoir": {"layer": 1, "steps": 150, "learning_rate": 3.0, "contexts": 2},
 }
 
 

@@ -20,8 +20,16 @@ EXPECTED = {
     "phi3": ("model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn.o_proj", "model.norm"),
     "gpt2": ("transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn.c_proj", "transformer.ln_f"),
     "gptj": ("transformer.h.{}.mlp.fc_out", "transformer.h.{}.attn.out_proj", "transformer.ln_f"),
-    "gpt_neox": ("gpt_neox.layers.{}.mlp.dense_4h_to_h", "gpt_neox.layers.{}.attention.dense", "gpt_neox.final_layer_norm"),
-    "opt": ("model.decoder.layers.{}.fc2", "model.decoder.layers.{}.self_attn.out_proj", "model.decoder.final_layer_norm"),
+    "gpt_neox": (
+        "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        "gpt_neox.layers.{}.attention.dense",
+        "gpt_neox.final_layer_norm",
+    ),
+    "opt": (
+        "model.decoder.layers.{}.fc2",
+        "model.decoder.layers.{}.self_attn.out_proj",
+        "model.decoder.final_layer_norm",
+    ),
     "falcon": ("transformer.h.{}.mlp.dense_4h_to_h", "transformer.h.{}.self_attention.dense", "transformer.ln_f"),
     "olmo2": ("model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn.o_proj", "model.norm"),
 }
@@ -56,7 +64,13 @@ def test_an_inner_width_equal_to_the_hidden_size_is_ambiguous_and_can_be_declare
 )
 def test_fused_experts_are_refused_with_the_candidates(config: str, changes: dict[str, int]) -> None:
     settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     built = getattr(transformers, config)(**settings, **heads, **changes)
     model = transformers.AutoModelForCausalLM.from_config(built)
     with pytest.raises(AnatomyError) as caught:
@@ -65,12 +79,18 @@ def test_fused_experts_are_refused_with_the_candidates(config: str, changes: dic
         assert words in str(caught.value)
 
 
-def test_a_model_without_blocks_lists_what_was_seen() -> None:
+def test_a_model_without_mlps_lists_what_was_seen() -> None:
     config = transformers.MambaConfig(
-        vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(AnatomyError, match="backbone.layers: 2 x MambaBlock"):
+    with pytest.raises(AnatomyError, match=r"(?s)found none.*mixer.out_proj: Linear"):
         find_anatomy(model)
 
 

@@ -1,0 +1,1 @@
+"""atlas: the small model that comes with errata, its world, and how it was made."""

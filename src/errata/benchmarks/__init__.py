@@ -19,6 +19,7 @@ _BENCHMARKS = {"tail": "errata.benchmarks.tail:run"}
 
 
 def benchmark_names() -> list[str]:
+    """The names of all benchmarks, sorted."""
     return sorted(_BENCHMARKS)
 
 

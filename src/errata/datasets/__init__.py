@@ -1,6 +1,6 @@
 """Benchmark files as edits. The form of a file is recognised by its content, never by its name.
 
-One module per benchmark, each with `NAME`, `recognises(record)` and `read(record)`; the first that recognises a
+One module per benchmark, each with `NAME`, `KEYS`, `recognises(record)` and `read(record)`; the first that recognises a
 file's first readable record reads it all.
 """
 
@@ -42,7 +42,7 @@ def _reader_for(path: Path, record: Record) -> ModuleType:
             if reader.recognises(record.value):
                 return reader
     keys = sorted(record.value) if isinstance(record.value, dict) else type(record.value).__name__
-    known = "; ".join(f"{reader.NAME}" for reader in _READERS)
+    known = "; ".join(f"{reader.NAME} ({reader.KEYS})" for reader in _READERS)
     raise FormatError(str(path), record.line, None, f"no known form of edit (found {keys})", f"known forms: {known}")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from errata.datasets.fields import one_hop, required
 from errata.edit import Edit, FieldProblem
 
-__all__ = ["NAME", "read", "recognises"]
+__all__ = ["KEYS", "NAME", "read", "recognises"]
 
 NAME = "CounterFact"
+KEYS = "requested_rewrite; or prompt, target_new, rephrase_prompt"
 
 _FULL = {"requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "portability"}
 _FLAT = {
@@ -29,12 +30,14 @@ _FLAT = {
 
 
 def recognises(record: dict[str, Any]) -> bool:
+    """Whether a record has this form."""
     # KnowEdit's records look alike, but their locality is a dictionary of lists.
     flat = "target_new" in record and "prompt" in record and not isinstance(record.get("locality"), dict)
     return "requested_rewrite" in record or (flat and ("locality_prompt" in record or "rephrase_prompt" in record))
 
 
 def read(record: dict[str, Any]) -> Edit:
+    """A record as an edit. Raises FieldProblem when a field does not fit."""
     return _read_full(record) if "requested_rewrite" in record else _read_flat(record)
 
 

@@ -12,18 +12,21 @@ from typing import Any
 from errata.datasets.fields import one_hop, required
 from errata.edit import Edit
 
-__all__ = ["NAME", "read", "recognises"]
+__all__ = ["KEYS", "NAME", "read", "recognises"]
 
 NAME = "ZsRE"
+KEYS = "src, alt, rephrase"
 
 _USED = {"src", "alt", "subject", "rephrase", "loc", "loc_ans", "answers", "portability"}
 
 
 def recognises(record: dict[str, Any]) -> bool:
+    """Whether a record has this form."""
     return "src" in record and ("alt" in record or "rephrase" in record)
 
 
 def read(record: dict[str, Any]) -> Edit:
+    """A record as an edit. Raises FieldProblem when a field does not fit."""
     answers = record.get("answers") or []
     locality = []
     if record.get("loc"):

@@ -33,6 +33,7 @@ def _targets() -> dict[str, str]:
 
 
 def editor_names() -> Iterator[str]:
+    """The names of all methods, sorted."""
     yield from sorted(_targets())
 
 

@@ -182,7 +182,7 @@ def write_report(path: Path, report: RunReport) -> Path:
         },
         {
             "svg": svg(retention_figure(report.rows)),
-            "caption": "Is what held right after an edit still true at the end? Where the lines part, edits are forgotten.",
+            "caption": "Is what held right after an edit still true at the end? Where the lines part, it is forgotten.",
         },
     ]
     raw = [

@@ -46,10 +46,12 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def input_width(module: nn.Module) -> int:
+    """How many features a linear layer reads."""
     return int(weight_of(module).shape[1])
 
 
 def output_width(module: nn.Module) -> int:
+    """How many features a linear layer writes."""
     return int(weight_of(module).shape[0])
 
 
@@ -147,7 +149,13 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _mlp_output_of(block: nn.Module, attention: str, hidden: int, where: str) -> str:
-    fused = [name for name, p in block.named_parameters() if p.dim() > 2]
+    fused = [
+        f"{name}.{key}"
+        for name, module in block.named_modules()
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d))
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
+    ]
     if fused:
         raise AnatomyError(
             f"{where} holds fused mixture-of-experts weights ({', '.join(fused)}): no single linear layer carries a "
@@ -171,7 +179,7 @@ def _mlp_output_of(block: nn.Module, attention: str, hidden: int, where: str) ->
             f"(width {hidden}), found {found}. Candidate modules:\n{_describe(block)}\nIf one of them is the MLP "
             "output projection, name it: AnatomyDeclaration(mlp_output='path inside the block')"
         )
-    return writers[0]
+    return str(writers[0])
 
 
 def _attention_output_of(block: nn.Module, attention: str, hidden: int, where: str) -> str:

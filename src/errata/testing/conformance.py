@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Case:
         folder: for scratch files; a temporary one if not given.
     """
 
-    _edited: dict[tuple[Any, str], tuple[Path, EditOutcome]] = {}
+    _edited: ClassVar[dict[tuple[Any, str], tuple[Path, EditOutcome]]] = {}
 
     def __init__(self, make_editor: MakeEditor, family: str = "llama", folder: Path | None = None) -> None:
         self.make_editor, self.family = make_editor, family
@@ -428,14 +428,20 @@ def calls_equal_one_call(case: Case) -> None:
 
 def tail_equals_full(case: Case) -> None:
     """Training through the tail gives what training through whole forward passes gives."""
-    model = case.model()
-    editor = case.make_editor(model)
-    if "full_forward" not in {f.name for f in dataclasses.fields(editor.config)}:
+    template = case.make_editor(case.model())
+    config = template.config
+    fields = {f.name for f in dataclasses.fields(config)}
+    if "full_forward" not in fields:
         return
-    full = type(editor)(case.model(), dataclasses.replace(editor.config, full_forward=True))
-    editor.edit(EDITS[:1])
-    full.edit(EDITS[:1])
-    _close(_logits(model, _PROMPTS), _logits(full.model, _PROMPTS), "tail against full forward", 1e-3)
+    # A few steps: over hundreds, an optimiser that divides by the gradient's size amplifies rounding without bound.
+    few = {"steps": min(10, config.steps)} if "steps" in fields else {}
+    found = []
+    for full in (False, True):
+        model = case.model()
+        editor = type(template)(model, dataclasses.replace(config, full_forward=full, **few))
+        editor.edit(EDITS[:1])
+        found.append(_logits(model, _PROMPTS))
+    _close(found[0], found[1], "tail against full forward", 1e-3)
 
 
 _CHECKS: tuple[Callable[[Case], None], ...] = (

@@ -75,8 +75,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # Words that become single tokens, so that a random model can be taught to say them.
 _WORDS = (
-    " Rome Paris London Bob Alice flute piano is The capital of France Spain Who wrote Hamlet Emma ? plays the was born "
-    "in Ann Zed Berlin"
+    " Rome Paris London Bob Alice flute piano is The capital of France Spain Who wrote Hamlet Emma ? plays the was "
+    "born in Ann Zed Berlin"
 )
 
 

@@ -1,0 +1,122 @@
+"""Every metric against answers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from errata.evaluation.metrics import (
+    Score,
+    answers_exactly,
+    bootstrap_mean,
+    contains,
+    normalise,
+    same_text,
+    token_accuracy,
+)
+from errata.evaluation.protocol import retention_by_age
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The  Eiffel Tower!", "eiffel tower"),
+        ("U.S.", "u s"),
+        ("A", "a"),
+        ("?", "?"),
+        ("", ""),
+        ("Zürich, 東京", "zürich 東京"),
+        ("the An", "the an"),
+    ],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "expected"),
+    [
+        (" Rome.", "Rome", True),
+        (" Rome", "Rome", True),
+        (" rome. It is old.", "Rome", True),
+        (" Rome Rome.", "Rome", False),
+        (" Romeo.", "Rome", False),
+        (" New Rome.", "Rome", False),
+        (" St. Gallen. A city.", "St. Gallen", True),
+        (" U.S. and more", "U.S.", True),
+        (" U.S.", "U.S", True),
+        (" Paris\nRome", "Paris", True),
+        (" the piano!", "piano", True),
+        ("", "Rome", False),
+        (" ", "Rome", False),
+        (" 12. So 34.", "34", False),
+        (" Paris, France.", "Paris", False),
+        (" Zürich.", "Zürich", True),
+        (" Anna", "Ann", False),
+    ],
+)
+def test_exact_answers(generated: str, answer: str, expected: bool) -> None:
+    assert answers_exactly(generated, answer) is expected
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "expected"),
+    [
+        (" He lives in Rome, Italy.", "Rome", True),
+        (" He lives in Romeo.", "Rome", False),
+        (" York New.", "New York", False),
+        (" in New York now", "New York", True),
+        ("", "Rome", False),
+        (" the", "a", False),
+    ],
+)
+def test_contains(generated: str, answer: str, expected: bool) -> None:
+    assert contains(generated, answer) is expected
+
+
+def test_same_text_forgives_case_and_punctuation_only() -> None:
+    assert same_text(" Rome.", "rome")
+    assert not same_text(" Rome.", " Rome, Italy.")
+    assert same_text("", "")
+
+
+def test_token_accuracy_counts_places() -> None:
+    assert token_accuracy([1, 2, 3, 4], [1, 9, 3, 9]) == 0.5
+    assert token_accuracy([], []) == 0.0
+
+
+def test_bootstrap_intervals() -> None:
+    measure = bootstrap_mean([1.0] * 80 + [0.0] * 20)
+    assert measure.value == pytest.approx(0.8)
+    # A proportion of 0.8 over 100 has a standard error of 0.04.
+    assert measure.low == pytest.approx(0.72, abs=0.03)
+    assert measure.high == pytest.approx(0.88, abs=0.03)
+    assert bootstrap_mean([1.0] * 80 + [0.0] * 20) == measure
+    constant = bootstrap_mean([0.5, 0.5, 0.5])
+    assert (constant.low, constant.high) == (0.5, 0.5)
+    nothing = bootstrap_mean([])
+    assert math.isnan(nothing.value)
+    assert nothing.count == 0
+
+
+def test_a_score_of_nothing_is_null_in_json() -> None:
+    record = Score.of([], [], []).to_record()
+    assert record["generated"] is None
+    assert record["generated_interval"] == [None, None]
+    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5]).to_record() | {"generated_interval": None} == {
+        "generated": 0.5,
+        "contains": 1.0,
+        "teacher_forced": 0.75,
+        "generated_interval": None,
+        "edits": 2,
+    }
+
+
+def test_retention_groups_by_age_newest_first() -> None:
+    #                 oldest                                   newest
+    success = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    # ages 8..0; groups: 0, 1, 2-3, 4-7, 8
+    assert retention_by_age(success) == {0: 1.0, 1: 1.0, 2: 0.5, 4: 0.5, 8: 0.0}
+    assert retention_by_age([1.0]) == {0: 1.0}
+    assert retention_by_age([]) == {}
