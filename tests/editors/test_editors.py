@@ -252,7 +252,7 @@ def test_an_unrelated_prompt_is_bit_identical_beside_an_edited_one() -> None:
 def test_a_fixed_threshold_is_kept_and_recorded() -> None:
     _, adapter, _ = memoir_adapter(threshold=0.4)
     assert adapter.router.threshold == 0.4
-    assert adapter.notes["calibration"] == {"kind": "fixed threshold", "threshold": 0.4}
+    assert adapter.notes["calibration"] == {"kind": "fixed threshold", "pooling": "mean", "threshold": 0.4}
     _, relative, _ = memoir_adapter(relative_threshold=0.5)
     chance = relative.router.marked / 96
     assert relative.router.threshold == pytest.approx(chance + 0.5 * (1 - chance))

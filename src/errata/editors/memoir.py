@@ -36,7 +36,7 @@ from errata.model.anatomy import output_width
 from errata.model.tail import Recording, Tail
 from errata.progress import Progress
 from errata.routing import TopHashRouter, relative_threshold
-from errata.routing.tophash import Pooling
+from errata.routing.tophash import POOLINGS, Pooling
 
 __all__ = ["Memoir", "MemoirConfig", "calibrate_threshold"]
 
@@ -76,7 +76,9 @@ class MemoirConfig(EditorConfig):
         threshold: a fixed τ as the share of overlap; None calibrates it.
         relative_threshold: a fixed t in τ = k/D + t (1 − k/D); None calibrates it.
         false_fires: share of neighbouring questions that calibration lets fire.
-        pooling: which prompt tokens form the features, see `TopHashRouter`.
+        pooling: which prompt tokens form the features, see `TopHashRouter`; "mean" is the paper's, "auto" takes the
+            one that calibration finds to reach most paraphrases at the same rate of false fires ("mean" where
+            nothing is calibrated).
         contexts: texts of the model's own put in front of the prompt, at most ten.
         background: prompts averaged for centring; 0 for none.
         full_forward: train through whole forward passes instead of the tail (slow; for comparison).
@@ -93,8 +95,8 @@ class MemoirConfig(EditorConfig):
     decay: Literal["active", "reference", "none"] = "active"
     threshold: float | None = None
     relative_threshold: float | None = None
-    false_fires: float = 0.02
-    pooling: Pooling = "mean"
+    false_fires: float = 0.03
+    pooling: Pooling | Literal["auto"] = "auto"
     contexts: int = 10
     background: int = 100
     full_forward: bool = False
@@ -146,7 +148,8 @@ class Memoir(Editor[MemoirConfig]):
         width = model.anatomy.key_width[self._layer]
         if config.marked > width:
             raise ConfigError(f"marked={config.marked} is more than the {width} features of layer {self._layer}")
-        router = TopHashRouter.seeded(width, config.marked, torch.Generator().manual_seed(config.seed), config.pooling)
+        pooling: Pooling = "mean" if config.pooling == "auto" else config.pooling
+        router = TopHashRouter.seeded(width, config.marked, torch.Generator().manual_seed(config.seed), pooling)
         memory = ColumnMemory.empty(output_width(model.module(path)), width)
         return RoutedAdapter(
             BaseIdentity.of(model), self.name, config.to_record(), path=path, layer=RoutedLayer(router, memory)
@@ -161,41 +164,58 @@ class Memoir(Editor[MemoirConfig]):
         router = adapter.router
         with adapter.detached():
             adapter.notes["contexts"] = list(wise_contexts(self.model, config.seed))
-            if config.background:
-                prompts = background_prompts(config.background, config.seed)
-                router.background = torch.zeros(router.width)
-                router.background = self._features(prompts).mean(0)
             if config.threshold is not None:
+                self._set_background()
                 router.threshold = config.threshold
                 adapter.notes["calibration"] = {"kind": "fixed threshold"}
             elif config.relative_threshold is not None:
+                self._set_background()
                 router.threshold = relative_threshold(config.relative_threshold, router.marked, router.width)
                 adapter.notes["calibration"] = {"kind": "fixed relative threshold"}
             else:
-                router.threshold, adapter.notes["calibration"] = self._calibrate(progress)
-        adapter.notes["calibration"]["threshold"] = router.threshold
+                adapter.notes["calibration"] = self._calibrate(progress)
+        adapter.notes["calibration"] |= {"pooling": router.pooling, "threshold": router.threshold}
+
+    def _set_background(self) -> None:
+        """The mean feature of unrelated prompts, under the router's present pooling."""
+        router, config = self._routed.router, self.config
+        router.background = torch.zeros(router.width)
+        if config.background:
+            router.background = self._features(background_prompts(config.background, config.seed)).mean(0)
 
     def _features(self, prompts: Sequence[str]) -> Tensor:
         return self._routed.features(prompts, self.model)
 
-    def _calibrate(self, progress: Progress) -> tuple[float, dict[str, Any]]:
-        """τ from questions in several wordings and their neighbours; nothing of any edit is used."""
+    def _calibrate(self, progress: Progress) -> dict[str, Any]:
+        """Threshold, and pooling where it is free, from questions in several wordings and their neighbours.
+
+        Nothing of any edit is used. Returns what the chosen setting does on these questions, and the others beside it.
+        """
         sets = paraphrase_sets(200, self.config.seed)
-        progress.start(f"{self.name}: calibrating the threshold", len(sets))
-        router = self._routed.router
-        stored = router.hash(self._features([s.prompt for s in sets]))
-        paraphrases = [(owner, text) for owner, s in enumerate(sets) for text in s.paraphrases]
+        prompts = [s.prompt for s in sets]
+        paraphrases = [text for s in sets for text in s.paraphrases]
+        owners = torch.tensor([owner for owner, s in enumerate(sets) for _ in s.paraphrases])
         neighbours = [text for s in sets for text in s.neighbours]
-        found = calibrate_threshold(
-            router,
-            stored,
-            router.hash(self._features([text for _, text in paraphrases])),
-            torch.tensor([owner for owner, _ in paraphrases]),
-            router.hash(self._features(neighbours)),
-            self.config.false_fires,
-        )
-        progress.advance(len(sets))
-        return found
+        router = self._routed.router
+        tried: tuple[Pooling, ...] = POOLINGS if self.config.pooling == "auto" else (self.config.pooling,)
+        progress.start(f"{self.name}: calibrating the router", len(tried))
+        records: dict[Pooling, dict[str, Any]] = {}
+        backgrounds: dict[Pooling, Tensor] = {}
+        for pooling in tried:
+            router.pooling = pooling
+            self._set_background()
+            backgrounds[pooling] = router.background
+            masks = [router.hash(self._features(texts)) for texts in (prompts, paraphrases, neighbours)]
+            threshold, record = calibrate_threshold(
+                router, masks[0], masks[1], owners, masks[2], self.config.false_fires
+            )
+            records[pooling] = {**record, "threshold": threshold}
+            progress.advance(1)
+        best = max(tried, key=lambda pooling: records[pooling]["paraphrases_reached"])
+        router.pooling, router.background = best, backgrounds[best]
+        router.threshold = records[best]["threshold"]
+        others = {pooling: record for pooling, record in records.items() if pooling != best}
+        return {"kind": "calibrated", **records[best], "instead_of": others}
 
     # --- per edit ---------------------------------------------------------------------------------------------------
 
@@ -284,7 +304,6 @@ def calibrate_threshold(
     reached = (scores[:, 0] >= threshold) & (numbers[:, 0] == owners)
     chance = router.marked / router.width
     record = {
-        "kind": "calibrated",
         "questions": len(stored),
         "paraphrases_reached": float(reached.float().mean()),
         "neighbours_fired": float((near >= threshold).float().mean()),

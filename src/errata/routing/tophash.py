@@ -20,9 +20,10 @@ from torch import Tensor
 from errata.errors import ConfigError, EditError
 from errata.routing.masks import MaskStore
 
-__all__ = ["Gathered", "Pooling", "Route", "TopHashRouter", "relative_threshold"]
+__all__ = ["POOLINGS", "Gathered", "Pooling", "Route", "TopHashRouter", "relative_threshold"]
 
 Pooling = Literal["mean", "content_mean", "last"]
+POOLINGS: tuple[Pooling, ...] = ("mean", "content_mean", "last")
 
 
 def relative_threshold(relative: float, marked: int, width: int) -> float:
@@ -78,7 +79,7 @@ class TopHashRouter:
     owners: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.pooling not in ("mean", "content_mean", "last"):
+        if self.pooling not in POOLINGS:
             raise ConfigError(f"unknown pooling {self.pooling!r}; choose mean, content_mean or last")
         self.store = MaskStore(self.width, self.marked)
 
