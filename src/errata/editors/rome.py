@@ -32,6 +32,13 @@ __all__ = ["Rome", "RomeConfig"]
 _ROME = "kmeng01/rome, hparams"
 _EASYEDIT = "EasyEdit, hparams/ROME (there without statistics)"
 _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
+    # Single edits on layers 0 to 4 of atlas: docs/methods/rome.md.
+    ("llama", 6, 256): {
+        "layer": 0,
+        "steps": 25,
+        "weight_decay": 1e-3,
+        "source": "EasyEdit's ROME for Llama, with statistics; layer ours, measured in docs/methods/rome.md",
+    },
     ("gpt2", 24, 1024): {"layer": 8, "clamp": 3.0, "source": _ROME},
     ("gpt2", 36, 1280): {"layer": 12, "source": _ROME},
     ("gpt2", 48, 1600): {"layer": 17, "source": _ROME},
