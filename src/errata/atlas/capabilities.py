@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from errata.atlas.world import Saying, World, _number, load_world
 
-__all__ = ["CAPABILITIES", "CITY_COUNTRY", "Capability", "Item", "chance_level"]
+__all__ = ["CAPABILITIES", "CITY_COUNTRY", "Capability", "Item", "chance_level", "recital"]
 
 _TEST_SIZE = 200
 
@@ -577,15 +577,46 @@ _NAMES = invented_names(120, "people and places")
 _PEOPLE, _VILLAGES = _NAMES[:80], _NAMES[80:]
 
 
+def _reading_value(rng: random.Random, domain: str, count: int) -> list[str]:
+    return rng.sample(_VILLAGES if domain == "place" else _READING_WORDS[domain], count)
+
+
 def reading_item(rng: random.Random) -> Item:
-    """A passage of three or four invented people with one property each, and a question about one of them."""
-    statement, question, domain = rng.choice(_READING)
-    count = rng.randint(3, 4)
-    people = rng.sample(_PEOPLE, count)
-    values = rng.sample(_VILLAGES if domain == "place" else _READING_WORDS[domain], count)
-    passage = " ".join(statement.format(p, v) for p, v in zip(people, values, strict=True))
-    asked = rng.randrange(count)
-    return Item(f"{passage} {question.format(people[asked])}", values[asked], f"reading {count}", options=count)
+    """A passage about invented people, and a question about it: in half of the items several people have one property
+    each (and the question names one of them), in the other half one person has several properties."""
+    count = rng.randint(2, 4)
+    if rng.random() < 0.5:
+        person = rng.choice(_PEOPLE)
+        chosen = rng.sample(_READING, max(count, 3))
+        values = [_reading_value(rng, domain, 1)[0] for _, _, domain in chosen]
+        told = [(person, value, statement) for value, (statement, _, _) in zip(values, chosen, strict=True)]
+        questions, kind = [question for _, question, _ in chosen], "properties"
+    else:
+        statement, question, domain = rng.choice(_READING)
+        people = rng.sample(_PEOPLE, count)
+        told = [(p, v, statement) for p, v in zip(people, _reading_value(rng, domain, count), strict=True)]
+        questions, kind = [question] * count, "people"
+    passage = " ".join(statement.format(person, value) for person, value, statement in told)
+    asked = rng.randrange(len(told))
+    person, value, _ = told[asked]
+    return Item(f"{passage} {questions[asked].format(person)}", value, f"{kind} {len(told)}", options=len(told))
+
+
+def recital(rng: random.Random) -> Saying:
+    """Something said and then said again: a list of invented names, or who has what in another order.
+
+    Not tested. It rewards looking up what stands earlier in the text at every token, where a reading question does
+    so at one token in forty.
+    """
+    if rng.random() < 0.5:
+        line = ", ".join(rng.sample(_NAMES, rng.randint(4, 10)))
+        return Saying(f"{line}. Again:", line)
+    statement, _, domain = rng.choice(_READING)
+    count = rng.randint(2, 4)
+    pairs = list(zip(rng.sample(_PEOPLE, count), _reading_value(rng, domain, count), strict=True))
+    passage = " ".join(statement.format(*pair) for pair in pairs)
+    again = " ".join(statement.format(*pair) for pair in rng.sample(pairs, count))
+    return Saying(f"{passage} Again:", again.removesuffix("."))
 
 
 def _reading() -> Capability:

@@ -47,9 +47,9 @@ class AtlasSize:
 
 
 SIZES: dict[str, AtlasSize] = {
-    "small": AtlasSize(hidden=128, key_width=1024, blocks=4, heads=4, steps=12_000, learning_rate=1.5e-3),
-    "base": AtlasSize(hidden=256, key_width=1536, blocks=6, heads=8, steps=16_000, learning_rate=1e-3),
-    "large": AtlasSize(hidden=384, key_width=2304, blocks=8, heads=8, steps=16_000, learning_rate=7e-4),
+    "small": AtlasSize(hidden=128, key_width=1024, blocks=4, heads=4, steps=11_000, learning_rate=1.5e-3),
+    "base": AtlasSize(hidden=256, key_width=1536, blocks=6, heads=8, steps=11_000, learning_rate=1e-3),
+    "large": AtlasSize(hidden=384, key_width=2304, blocks=8, heads=8, steps=11_000, learning_rate=7e-4),
 }
 
 
