@@ -57,8 +57,9 @@ def test_each_form_is_recognised_by_its_content(tmp_path: Path) -> None:
     forms = {"CounterFact": [FLAT, FULL], "ZsRE": [ZSRE], "errata JSONL": [{"prompt": "p", "target": "t"}]}
     for name, records in forms.items():
         for number, record in enumerate(records):
-            as_list = write(tmp_path / f"{number}.txt", json.dumps([record, record]))
-            as_lines = write(tmp_path / f"{number}.data", f"{json.dumps(record)}\n\n{json.dumps(record)}\n")
+            other = record | {"case_id": 4, "subject": "Eve"}
+            as_list = write(tmp_path / f"{number}.txt", json.dumps([record, other]))
+            as_lines = write(tmp_path / f"{number}.data", f"{json.dumps(record)}\n\n{json.dumps(other)}\n")
             packed = tmp_path / f"{number}.anything"
             packed.write_bytes(gzip.compress(json.dumps([record]).encode()))
             assert [read_edits(p).format for p in (as_list, as_lines, packed)] == [name] * 3
@@ -108,12 +109,16 @@ def test_strict_stops_at_the_first_bad_line(tmp_path: Path) -> None:
 
 
 def test_a_list_that_breaks_off_gives_what_stands_before(tmp_path: Path) -> None:
-    text = json.dumps([FLAT, FLAT, FLAT], indent=1)
+    text = json.dumps([FLAT | {"case_id": number} for number in range(3)], indent=1)
     found = read_edits(write(tmp_path / "x.json", text[: text.rindex("case_id")]))
     assert len(found.edits) == 2
     assert len(found.problems) == 1
     assert found.problems[0].line is not None
     assert found.problems[0].line > 10
+
+
+# A sound header, and a stream that is none.
+BROKEN_GZIP = gzip.compress(b"x")[:10] + b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,7 @@ def test_a_list_that_breaks_off_gives_what_stands_before(tmp_path: Path) -> None
         (b'[{"question": 1}]', "no known form"),
         (b"\xff\xfe\x00", "is not UTF-8"),
         (b"\x1f\x8bxx", "cannot be read"),
+        (BROKEN_GZIP, "cannot be read"),
     ],
 )
 def test_files_that_hold_nothing_say_why(tmp_path: Path, content: bytes, words: str) -> None:
@@ -137,6 +143,69 @@ def test_files_that_hold_nothing_say_why(tmp_path: Path, content: bytes, words: 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         read_edits(tmp_path / "nothing.jsonl")
+
+
+LINE_ENDS_OF_OTHERS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_line_breaks_outside_strings_end_a_line(tmp_path: Path, end: str) -> None:
+    edits = [Edit(prompt=LINE_ENDS_OF_OTHERS, target="t"), Edit(prompt="q", target="u")]
+    path = tmp_path / "x.jsonl"
+    write_edits(path, edits)
+    path.write_bytes(path.read_bytes().replace(b"\n", end.encode()) + b"broken" + end.encode())
+    found = read_edits(path)
+    assert found.edits == edits
+    assert [problem.line for problem in found.problems] == [3]
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ('{"prompt": "p \\ud83d", "target": "t"}', "prompt"),
+        ('{"prompt": "p", "target": "t", "note": ["\\uDE00"]}', "note"),
+        ('"\\ud83d"', None),
+        ("1" * 5000, None),
+        ("[" * 100_000, None),
+    ],
+    ids=["prompt", "unknown key", "bare string", "endless number", "endless nesting"],
+)
+def test_a_line_that_no_file_or_tokenizer_can_hold_is_one_bad_line(
+    tmp_path: Path, record: str, field: str | None
+) -> None:
+    good = ['{"prompt": "a", "target": "\\ud83d\\ude00"}', '{"prompt": "c", "target": "d"}']
+    found = read_edits(write(tmp_path / "x.jsonl", "\n".join((good[0], record, good[1]))))
+    assert [edit.target for edit in found.edits] == ["\U0001f600", "d"]
+    assert [(problem.line, problem.field) for problem in found.problems] == [(2, field)]
+    if record.startswith("{"):
+        as_list = read_edits(write(tmp_path / "x.json", f"[{good[0]},\n{record},\n{good[1]}]"))
+        assert [(p.line, p.field) for p in as_list.problems] == [(2, field)]
+        assert len(as_list.edits) == 2
+
+
+def test_every_edit_of_a_file_has_an_id_of_its_own(tmp_path: Path) -> None:
+    records = [
+        {"id": "a", "prompt": "p", "target": "t"},
+        {"id": "a", "prompt": "p", "target": "u"},
+        {"prompt": "q", "target": "t", "rephrases": ["r"]},
+        {"prompt": "q", "target": "t", "rephrases": ["s"]},
+        {"prompt": "q", "target": "t", "rephrases": ["r"]},
+        {"prompt": "q", "target": "t", "rephrases": ["s"]},
+        {"prompt": "q", "target": "t"},
+        {"id": "a", "prompt": "p", "target": "t"},
+    ]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, records)))
+    found = read_edits(path)
+    derived = Edit(prompt="q", target="t").id
+    assert [edit.id for edit in found.edits] == ["a", derived, f"{derived}-2", f"{derived}-3"]
+    assert [edit.rephrases for edit in found.edits] == [(), ("r",), ("s",), ()]
+    assert [(problem.line, problem.field) for problem in found.problems] == [(2, "id"), (5, None), (6, None), (8, None)]
+    assert "names another edit, that of line 1; give each edit its own id" in str(found.problems[0])
+    assert "repeats the record of line 3" in str(found.problems[1])
+    with pytest.raises(FormatError, match=r"x\.jsonl:2: field 'id'"):
+        read_edits(path, strict=True)
+    write_edits(tmp_path / "again.jsonl", found.edits)
+    assert read_edits(tmp_path / "again.jsonl", strict=True).edits == found.edits
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:

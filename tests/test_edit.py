@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errata.datasets import read_edits, write_edits
 from errata.edit import Edit, FieldProblem, find_conflicts
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda t: bool(t.strip()))
+# What `str.splitlines` takes for line ends is drawn often: JSON may hold it as it is.
+_CHARACTERS = st.characters(exclude_categories=("Cs",)) | st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r\n")
+TEXT = st.text(_CHARACTERS, min_size=1, max_size=30).filter(lambda t: bool(t.strip()))
 
 
 @st.composite
@@ -36,14 +40,17 @@ def records(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(deadline=None, max_examples=100)
-@given(records())
-def test_a_line_of_json_comes_back_as_the_same_edit(record: dict[str, Any]) -> None:
-    edit = Edit.from_record(record)
-    line = edit.to_json()
-    assert "\n" not in line
-    again = Edit.from_record(json.loads(line))
-    assert again == edit
-    assert {k: v for k, v in record.items() if k.startswith("x-")} == again.extra
+@given(st.lists(records(), min_size=1, max_size=3, unique_by=lambda r: (r["prompt"], r["target"].strip())))
+def test_a_file_of_edits_comes_back_as_the_same_edits(given_records: list[dict[str, Any]]) -> None:
+    edits = [Edit.from_record(record) for record in given_records]
+    assert all("\n" not in edit.to_json() for edit in edits)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edits.jsonl"
+        write_edits(path, edits)
+        again = read_edits(path, strict=True).edits
+    assert again == edits
+    for record, edit in zip(given_records, again, strict=True):
+        assert {k: v for k, v in record.items() if k.startswith("x-")} == edit.extra
 
 
 def test_a_locality_entry_may_be_a_bare_prompt() -> None:
@@ -57,7 +64,10 @@ def test_a_locality_entry_may_be_a_bare_prompt() -> None:
 def test_the_id_follows_from_the_content_and_a_given_one_is_kept() -> None:
     first, second = Edit(prompt="p", target="t"), Edit(prompt="p", target=" t ")
     assert first.id == second.id != Edit(prompt="p", target="u").id
-    assert Edit.from_record({"id": 7, "prompt": "p", "target": "t"}).id == "7"
+    given = Edit.from_record({"id": 7, "prompt": "p", "target": "t"})
+    assert given.id == "7"
+    assert (first.has_derived_id, given.has_derived_id) == (True, False)
+    assert Edit.from_record({"prompt": "p", "target": " t", "subject": " "}).has_derived_id
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,12 @@ def _as_probes(value: Any) -> Any:
     return [{"prompt": item} if isinstance(item, str) else item for item in value]
 
 
+def _derived_id(prompt: str, target: str, subject: Any) -> str:
+    named = subject if isinstance(subject, str) and subject.strip() else ""
+    text = "\x1f".join((prompt, target.strip(), named))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
 class Edit(BaseModel):
     """One correction.
 
@@ -131,10 +137,13 @@ class Edit(BaseModel):
     @classmethod
     def _named(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("id") and isinstance(data.get("prompt"), str):
-            parts = (data["prompt"], str(data.get("target")).strip(), data.get("subject") or "")
-            digest = hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8)
-            data = {**data, "id": digest.hexdigest()}
+            data = {**data, "id": _derived_id(data["prompt"], str(data.get("target")), data.get("subject"))}
         return data
+
+    @property
+    def has_derived_id(self) -> bool:
+        """Whether the id is the one that follows from prompt, target and subject, rather than one that was given."""
+        return self.id == _derived_id(self.prompt, self.target, self.subject)
 
     @classmethod
     def from_record(cls, record: Any) -> Edit:

@@ -11,8 +11,7 @@
     │   └── TailError       the upper blocks alone do not reproduce the model
     ├── ArtifactError       something on disk that is missing, damaged or of a newer format
     │   └── BaseMismatchError   an adapter that belongs to another base model
-    ├── NumericsError       NaN, infinity, a singular system, an edit that changed nothing
-    └── MissingExtraError   an optional dependency that is not installed; names the extra
+    └── NumericsError       NaN, infinity, a singular system, an edit that changed nothing
 
 Anything else that escapes is a bug in errata.
 """
@@ -30,7 +29,6 @@ __all__ = [
     "EditError",
     "ErrataError",
     "FormatError",
-    "MissingExtraError",
     "ModelError",
     "NumericsError",
     "SequenceError",
@@ -97,13 +95,6 @@ class BaseMismatchError(ArtifactError):
 
 class NumericsError(ErrataError):
     """NaN or infinity, a system that cannot be solved, or an edit that changed nothing."""
-
-
-class MissingExtraError(ErrataError):
-    """An optional dependency is not installed."""
-
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}; install it with: pip install 'errata[{extra}]'")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

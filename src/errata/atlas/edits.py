@@ -4,53 +4,99 @@ Rephrases are the fact's *untaught* phrasings: atlas was never shown the fact in
 ask the same relation of other subjects, the hard case for anything that recognises prompts; the others ask something
 else of the same subject where atlas knows something else, ask unrelated facts, and ask for a capability.
 Portability asks in French, and for the country of a birthplace.
+
+Which facts may be edited is decided before anything is counted, so that fewer edits are always the beginning of more:
+
+* some subjects are *reserved* for calibrating editors (`is_reserved`); no edit and no question about an edit names one;
+* per seed, some facts of every relation are *kept*: they are never edited, and locality asks for no others;
+* all other facts can be edited, in an order that follows from the seed.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from errata.atlas.capabilities import CAPABILITIES, CITY_COUNTRY
-from errata.atlas.world import Fact, World, load_world
+from errata.atlas.capabilities import CAPABILITIES, CITY_COUNTRY, Item, two_hop
+from errata.atlas.world import Fact, World, _number, load_world
 from errata.edit import Edit
+from errata.errors import ConfigError
 
-__all__ = ["world_edits"]
+__all__ = ["is_reserved", "world_edits"]
+
+_RESERVED = 15  # per cent of subjects
+_KEPT_ONE_IN = 5  # facts of a relation
+_TASKS = ("professional", "common_sense", "reasoning", "reading", "code")
 
 
-def _locality(
-    world: World, fact: Fact, rng: random.Random, busy: set[tuple[str, str]], size: int
-) -> list[dict[str, Any]]:
-    """`size` prompts, half of them of the same relation, none about a fact that is being edited too."""
+def is_reserved(subject: str) -> bool:
+    """Whether a subject is left to calibration and background prompts; the same for every seed."""
+    return _number("reserved", subject) % 100 < _RESERVED
 
-    def free(facts: list[Fact]) -> list[Fact]:
-        return [f for f in facts if (f.relation, f.subject) not in busy]
 
-    def entry(other: Fact, kind: str) -> dict[str, Any]:
-        index = rng.choice(
-            [i for i in range(len(world.relation(other).phrasings)) if i not in world.untaught_indices(other)]
-        )
-        return {"prompt": world.say(other, index).prompt, "answer": other.object, "kind": kind}
+@dataclass(frozen=True)
+class _Division:
+    """What one seed may edit, in order, and what it keeps for locality.
 
-    neighbours = [f for f in free(world.by_relation[fact.relation]) if f.subject != fact.subject]
+    `capabilities` are test items by task, without those that ask about a subject that may be edited.
+    """
+
+    editable: tuple[Fact, ...]
+    kept: tuple[Fact, ...]
+    capabilities: dict[str, tuple[Item, ...]]
+
+
+@functools.lru_cache(maxsize=8)
+def _divide(seed: int) -> _Division:
+    world, rng = load_world(), random.Random(f"kept {seed}")
+    free = [fact for fact in world.facts if not is_reserved(fact.subject)]
+    kept: set[Fact] = set()
+    # One fact of every subject that has several, so that an edit of another one of them has it as a probe.
+    for facts in world.by_subject.values():
+        if len(facts) > 1 and not is_reserved(facts[0].subject):
+            kept.add(rng.choice(facts))
+    for relation in world.by_relation:
+        of_relation = [fact for fact in free if fact.relation == relation]
+        rest = [fact for fact in of_relation if fact not in kept]
+        wanted = -(-len(of_relation) // _KEPT_ONE_IN) - (len(of_relation) - len(rest))
+        kept.update(rng.sample(rest, max(0, wanted)))
+    editable = tuple(f for f in world.shuffled(seed) if f not in kept and not is_reserved(f.subject))
+    subjects = {fact.subject for fact in editable}
+    about = {
+        two_hop(fact.subject, fact.object, "").prompt
+        for fact in world.by_relation["birthplace"]
+        if fact.subject in subjects or is_reserved(fact.subject)
+    }
+    items = {name: tuple(item for item in CAPABILITIES[name].test if item.prompt not in about) for name in _TASKS}
+    return _Division(editable, tuple(fact for fact in free if fact in kept), items)
+
+
+def _locality(world: World, fact: Fact, rng: random.Random, division: _Division, size: int) -> list[dict[str, Any]]:
+    """`size` prompts, half of them of the same relation, none about a fact that this seed could edit."""
+
+    def entry(other: Fact, kind: str, index: int | None = None) -> dict[str, Any]:
+        untaught = world.untaught_indices(other)
+        taught = [i for i in range(len(world.relation(other).phrasings)) if i not in untaught]
+        saying = world.say(other, rng.choice(taught) if index is None else index)
+        return {"prompt": saying.prompt, "answer": other.object, "kind": kind}
+
+    def drawn(facts: Sequence[Fact], count: int) -> list[Fact]:
+        return rng.sample(facts, min(max(0, count), len(facts)))
+
     half = size // 2
-    chosen = [entry(other, "same_relation") for other in rng.sample(neighbours, min(half, len(neighbours)))]
+    near = [f for f in division.kept if f.relation == fact.relation and f.subject != fact.subject]
     # The same wording with another name is the closest a question can come.
-    if chosen:
-        twin = rng.choice(neighbours)
-        chosen[0] = {"prompt": world.say(twin, 0).prompt, "answer": twin.object, "kind": "same_relation"}
-    rest: list[dict[str, Any]] = []
-    of_subject = [f for f in free(world.by_subject[fact.subject]) if f.relation != fact.relation]
-    if of_subject:
-        rest.append(entry(rng.choice(of_subject), "same_subject"))
-    task = rng.choice(("professional", "common_sense", "reasoning", "reading", "code"))
-    item = rng.choice(CAPABILITIES[task].test)
+    same = [entry(f, "same_relation", None if number else 0) for number, f in enumerate(drawn(near, half))]
+    beside = [f for f in division.kept if f.subject == fact.subject]
+    rest = [entry(f, "same_subject") for f in drawn(beside, 1)]
+    item = rng.choice(division.capabilities[rng.choice(_TASKS)])
     rest.append({"prompt": item.prompt, "answer": item.answer, "kind": "capability"})
-    while len(rest) < size - half:
-        other = rng.choice(world.facts)
-        if other.relation != fact.relation and other.subject != fact.subject and free([other]):
-            rest.append(entry(other, "unrelated"))
-    return chosen + rest
+    far = [f for f in division.kept if f.relation != fact.relation and f.subject != fact.subject]
+    rest += [entry(f, "unrelated") for f in drawn(far, size - half - len(rest))]
+    return same + rest[: max(0, size - half)]
 
 
 def _portability(world: World, fact: Fact, new: str) -> list[dict[str, Any]]:
@@ -60,44 +106,46 @@ def _portability(world: World, fact: Fact, new: str) -> list[dict[str, Any]]:
         question = french[-1]
         probes.append({"prompt": question.prompt, "answer": question.answer, "kind": "second_language"})
     if fact.relation == "birthplace" and new in CITY_COUNTRY:
-        prompt = f"In which country was {fact.subject} born?"
-        answer = f"{fact.subject} was born in {new}. {new} is in {CITY_COUNTRY[new]}. So {CITY_COUNTRY[new]}"
-        probes.append({"prompt": prompt, "answer": answer, "kind": "two_hop"})
+        item = two_hop(fact.subject, new, CITY_COUNTRY[new])
+        probes.append({"prompt": item.prompt, "answer": item.answer, "kind": "two_hop"})
     return probes
 
 
 def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
     """`count` counterfactual edits of different facts, in an order that follows from the seed.
 
+    Fewer edits are the beginning of more, their probes included: `world_edits(10) == world_edits(100)[:10]`.
+
     Args:
         locality: prompts per edit; half of them are other subjects of the same relation.
 
     Raises:
-        ValueError: more edits than facts were asked for.
+        ConfigError: less than one edit, or more than there are facts to edit.
     """
-    world = load_world()
-    if count > len(world.facts):
-        raise ValueError(f"atlas knows {len(world.facts)} facts; {count} cannot be edited")
-    facts: list[Fact] = []
-    for fact in world.shuffled(seed):
-        if len(facts) == count:
-            break
-        facts.append(fact)
-    busy = {(fact.relation, fact.subject) for fact in facts}
+    world, division = load_world(), _divide(seed)
+    most = len(division.editable)
+    if not 1 <= count <= most:
+        raise ConfigError(
+            f"{count} facts of atlas cannot be edited; ask for 1 to {most} (the rest of the "
+            f"{len(world.facts)} it knows is kept for calibration and for questions about what must not change)"
+        )
     edits = []
-    for number, fact in enumerate(facts):
+    for number, fact in enumerate(division.editable[:count]):
         rng = random.Random(f"edit {seed} {fact.relation} {fact.subject}")
         new = world.counterfactual(fact, rng)
+        prompt = world.say(fact, 0).prompt
+        # As the prompt spells it: a name that is written small is written large where it begins a sentence.
+        subject = fact.subject if fact.subject in prompt else fact.subject[:1].upper() + fact.subject[1:]
         edits.append(
             Edit.from_record(
                 {
                     "id": f"atlas-{seed}-{number}",
-                    "prompt": world.say(fact, 0).prompt,
+                    "prompt": prompt,
                     "target": new,
-                    "subject": fact.subject,
+                    "subject": subject,
                     "ground_truth": fact.object,
                     "rephrases": [saying.prompt for saying in world.untaught(fact)],
-                    "locality": _locality(world, fact, rng, busy, locality),
+                    "locality": _locality(world, fact, rng, division, locality),
                     "portability": _portability(world, fact, new),
                     "source": "atlas",
                     "tags": [fact.relation],

@@ -46,8 +46,32 @@ def _reader_for(path: Path, record: Record) -> ModuleType:
     raise FormatError(str(path), record.line, None, f"no known form of edit (found {keys})", f"known forms: {known}")
 
 
+def _named_once(path: Path, line: int, edit: Edit, seen: dict[str, tuple[int, Edit]]) -> Edit:
+    """The edit under an id that no earlier one of the file has; see `read_edits`. Raises FormatError."""
+    name, number = edit.id, 1
+    while name in seen:
+        first, earlier = seen[name]
+        if earlier == edit.model_copy(update={"id": name}):
+            raise FormatError(
+                str(path), line, None, f"repeats the record of line {first}", "the first one is used; remove this one"
+            )
+        if not edit.has_derived_id:
+            raise FormatError(
+                str(path), line, "id", f"{name!r} names another edit, that of line {first}", "give each edit its own id"
+            )
+        number += 1
+        name = f"{edit.id}-{number}"
+    named = edit if name == edit.id else edit.model_copy(update={"id": name})
+    seen[name] = (line, named)
+    return named
+
+
 def read_edits(path: str | Path, *, limit: int | None = None, strict: bool = False) -> EditFile:
     """Read a file of edits: errata JSONL, CounterFact JSON (full or flat) or ZsRE JSON (MEND form), `.gz` too.
+
+    Every edit of a file has an id of its own. A record that repeats an earlier one in everything is left out, and so is
+    one whose given id belongs to an earlier edit; both are reported. Records without an id that agree in prompt, target
+    and subject but not in the rest (other rephrases, say) are different edits: the second gets "-2" behind its id.
 
     Args:
         limit: stop after this many edits.
@@ -58,6 +82,7 @@ def read_edits(path: str | Path, *, limit: int | None = None, strict: bool = Fal
     """
     path = Path(path)
     reader: ModuleType | None = None
+    seen: dict[str, tuple[int, Edit]] = {}
     result = EditFile("", [])
     for record in iterate_records(path):
         if limit is not None and len(result.edits) >= limit:
@@ -74,9 +99,10 @@ def read_edits(path: str | Path, *, limit: int | None = None, strict: bool = Fal
                 reader = _reader_for(path, record)
                 result.format = reader.NAME
             try:
-                result.edits.append(reader.read(record.value))
+                edit = reader.read(record.value)
             except FieldProblem as problem:
                 raise FormatError(str(path), record.line, problem.field, problem.problem, problem.remedy) from problem
+            result.edits.append(_named_once(path, record.line, edit, seen))
         except FormatError as error:
             if strict:
                 raise

@@ -10,8 +10,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.atlas.world import Fact
 
 __all__ = ["ParaphraseSet", "background_prompts", "corpus_texts", "held_out_texts", "paraphrase_sets", "plain_texts"]
 
@@ -62,25 +66,34 @@ def corpus_texts(path: str | Path) -> list[str]:
 
 
 def background_prompts(count: int = 100, seed: int = 0) -> list[str]:
-    """Prompts of all kinds of content, unrelated to each other."""
+    """Prompts of all kinds of content, about subjects that no edit of atlas's world names."""
     from errata.atlas.world import load_world
 
-    world, rng = load_world(), random.Random(f"background {seed}")
-    facts = rng.sample(world.facts, count)
-    return [world.say(fact, rng.randrange(len(world.relation(fact).phrasings))).prompt for fact in facts]
+    world, rng, facts = load_world(), random.Random(f"background {seed}"), _reserved_facts()
+    # More prompts than facts: every fact once before any comes again, in another draw of its phrasing.
+    drawn = [fact for _ in range(-(-count // len(facts))) for fact in rng.sample(facts, len(facts))][:count]
+    return [world.say(fact, rng.randrange(len(world.relation(fact).phrasings))).prompt for fact in drawn]
 
 
 def paraphrase_sets(count: int, seed: int = 0, paraphrases: int = 3, neighbours: int = 3) -> Sequence[ParaphraseSet]:
-    """Questions in several wordings with neighbours, to calibrate what counts as the same question."""
+    """Questions in several wordings with neighbours, to calibrate what counts as the same question.
+
+    All are about subjects that no edit of atlas's world names.
+
+    Raises:
+        ConfigError: more sets than leave anybody to be a neighbour.
+    """
     from errata.atlas.world import load_world
 
-    world, rng = load_world(), random.Random(f"paraphrase {seed}")
-    facts = rng.sample(world.facts, count)
-    chosen = {(fact.relation, fact.subject) for fact in facts}
+    world, rng, reserved = load_world(), random.Random(f"paraphrase {seed}"), _reserved_facts()
+    if count > len(reserved) // 2:
+        raise ConfigError(f"{count} paraphrase sets cannot be made; ask for at most {len(reserved) // 2}")
+    facts = rng.sample(reserved, count)
+    chosen = set(facts)
     sets = []
     for fact in facts:
         wordings = range(1, len(world.relation(fact).phrasings))
-        others = [other for other in world.by_relation[fact.relation] if (other.relation, other.subject) not in chosen]
+        others = [f for f in reserved if f.relation == fact.relation and f not in chosen]
         beside = rng.sample(others, min(neighbours, len(others)))
         sets.append(
             ParaphraseSet(
@@ -90,3 +103,11 @@ def paraphrase_sets(count: int, seed: int = 0, paraphrases: int = 3, neighbours:
             )
         )
     return sets
+
+
+def _reserved_facts() -> list[Fact]:
+    """The facts of atlas's world that are never edited nor asked about in measuring edits."""
+    from errata.atlas.edits import is_reserved
+    from errata.atlas.world import load_world
+
+    return [fact for fact in load_world().facts if is_reserved(fact.subject)]
