@@ -6,28 +6,39 @@ import math
 
 import pytest
 
+from errata.edit import Edit, Probe
 from errata.evaluation.metrics import (
     Score,
     answers_exactly,
     bootstrap_mean,
     contains,
+    finite_or_none,
     normalise,
     same_text,
     token_accuracy,
 )
-from errata.evaluation.protocol import retention_by_age
+from errata.evaluation.protocol import AskedEdit, Result, retention_by_age
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("  The  Eiffel Tower!", "eiffel tower"),
-        ("U.S.", "u s"),
+        ("U.S.", "us"),
+        ("U.S.A.", "usa"),
         ("A", "a"),
         ("?", "?"),
         ("", ""),
         ("Zürich, 東京", "zürich 東京"),
         ("the An", "the an"),
+        ("A. A. Milne", "a a milne"),
+        ("the A. A. Milne of our day", "a a milne of our day"),
+        ("Vitamin A", "vitamin a"),
+        ("a piano", "piano"),
+        ('(the) "Piano"', "piano"),
+        ("12-year-old", "12yearold"),
+        ("a + b", "a + b"),
+        ("- Rome", "rome"),
     ],
 )
 def test_normalise(text: str, expected: str) -> None:
@@ -54,6 +65,17 @@ def test_normalise(text: str, expected: str) -> None:
         (" Paris, France.", "Paris", False),
         (" Zürich.", "Zürich", True),
         (" Anna", "Ann", False),
+        (" A. A. Milne.", "Milne", False),
+        (" A. A. Milne. He wrote.", "A. A. Milne", True),
+        (" U.S.A.", "U.S.", False),
+        (" St. Gallen.", "St", False),
+        (" J. K. Rowling.", "J", False),
+        (" J. K. Rowling. She wrote.", "J. K. Rowling", True),
+        (" Sr.", "Sr", True),
+        (" No. It is a fish.", "no", True),
+        (" 12. So 34.", "12", True),
+        (" Bo\nRome", "Bo", True),
+        (" x - y", "x + y", False),
     ],
 )
 def test_exact_answers(generated: str, answer: str, expected: bool) -> None:
@@ -120,3 +142,19 @@ def test_retention_groups_by_age_newest_first() -> None:
     assert retention_by_age(success) == {0: 1.0, 1: 1.0, 2: 0.5, 4: 0.5, 8: 0.0}
     assert retention_by_age([1.0]) == {0: 1.0}
     assert retention_by_age([]) == {}
+
+
+def test_numbers_that_json_cannot_hold_become_null() -> None:
+    assert [finite_or_none(value) for value in (1.5, math.nan, math.inf, -math.inf, None)] == [1.5, *[None] * 4]
+
+
+def test_kinds_of_probes_are_averaged_per_edit_first() -> None:
+    """One edit with three probes that changed weighs no more than one with a single probe that did not."""
+    right, wrong = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+
+    def asked(triples: list[tuple[float, float, float]]) -> AskedEdit:
+        probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(triples)))
+        return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], triples, [], {})
+
+    score = Result([asked([wrong, wrong, wrong]), asked([right])]).by_kind("locality")["unrelated"]
+    assert (score.generated.value, score.generated.count) == (0.5, 2)

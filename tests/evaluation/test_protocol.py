@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from errata import __version__
 from errata.edit import Edit, Probe
 from errata.editors import EditOutcome
 from errata.editors.ft import FineTune
-from errata.errors import ConfigError
-from errata.evaluation import Comparison, Examination, run_sequence
+from errata.errors import ArtifactError, ConfigError, NumericsError
+from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence
 from errata.evaluation.controls import no_op_control, no_op_edits, random_control
-from errata.evaluation.report import RunReport, write_report
+from errata.evaluation.report import RunReport, _examples, write_report
 from errata.model import EditableModel
 from errata.testing import tiny_model
 
@@ -121,6 +122,47 @@ def test_every_checkpoint_asks_all_past_edits() -> None:
     assert last.forgetting >= 0
     assert last.applied == 3
     assert math.isclose(last.seconds_per_edit, last.seconds / 3)
+    first = found[0]
+    assert first.immediate["reliability"]["generated"] == first.result.reliability.generated.value
+    assert first.immediate["generalization"]["generated"] == first.result.generalization.generated.value
+    assert first.immediate["generalization"]["teacher_forced"] == first.result.generalization.teacher_forced.value
+
+
+def test_edits_that_share_an_id_are_asked_each_for_itself() -> None:
+    """The same prompt, target and subject with other rephrases gives the same derived id; a given id may be reused."""
+    model = tiny_model("llama")
+    edits = [
+        Edit(prompt="The capital of France", target="Rome", rephrases=("France has",)),
+        Edit(prompt="The capital of France", target="Rome", rephrases=("x", "y")),
+        Edit(id="a", prompt="Bob wrote Hamlet", target="Alice"),
+        Edit(id="a", prompt="Ann plays", target="piano"),
+    ]
+    exam = Examination(model, edits, max_new_tokens=3)
+    result = exam.ask_unedited()
+    assert [len(asked.generalization) for asked in result.asked] == [1, 2, 0, 0]
+    assert [set(asked.said) for asked in result.asked] == [{e.prompt, *e.rephrases} for e in edits]
+    assert len(_examples(report_of(result))) == 4
+
+
+def test_asking_the_unedited_model_asks_each_question_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    plain = examination(model)
+    expected = plain.ask()
+    asked: list[str] = []
+    original = EditableModel.generate
+
+    def spy(self: EditableModel, prompts: list[str], **kwargs: Any) -> list[str]:
+        asked.extend(prompts)
+        return original(self, prompts, **kwargs)
+
+    monkeypatch.setattr(EditableModel, "generate", spy)
+    exam = Examination(model, EDITS, max_new_tokens=5)
+    assert exam.ask_unedited().to_record() == expected.to_record()
+    assert len(asked) == len(set(asked))
+    exam.ask_base()
+    assert len(asked) == len(set(asked))
+    assert {prompt: exam.base_answer(prompt) for prompt in plain._said_before} == plain._said_before
+    assert plain._forced_before.items() <= exam._forced_before.items()
 
 
 def test_forgetting_is_what_was_right_and_is_not_any_more() -> None:
@@ -130,7 +172,10 @@ def test_forgetting_is_what_was_right_and_is_not_any_more() -> None:
     exam = Examination(model, edits, max_new_tokens=1)
     exam.ask_base()
     ((checkpoint, _),) = run_sequence(FineTune(model, learning_rate=1e-2, steps=100), exam, [2])
-    assert checkpoint.immediate == 1.0
+    assert checkpoint.immediate == {
+        "reliability": {"generated": 1.0, "teacher_forced": 1.0},
+        "generalization": {"generated": None, "teacher_forced": None},
+    }
     assert checkpoint.result.reliability.generated.value == 0.5
     assert checkpoint.forgetting == 0.5
 
@@ -161,9 +206,49 @@ def test_no_op_edits_write_back_what_is_believed() -> None:
         no_op_edits(exam), [e for e in EDITS if exam.base_answer(e.prompt).strip()], strict=False
     ):
         assert exam.base_answer(original.prompt).strip().startswith(written.target)
-    control = no_op_control(FineTune(model, **FT), exam, TEXTS)
+
+
+def test_the_no_op_control_is_scored_on_what_it_wrote() -> None:
+    model = tiny_model("llama")
+    exam = Examination(model, EDITS, max_new_tokens=1)
+    exam.ask_base()
+    said = ("Berlin. It is old.", "Bob", "guitar")
+    exam._said_before |= {e.prompt: f" {text}" for e, text in zip(EDITS, said, strict=True)}
+    control = no_op_control(FineTune(model, learning_rate=1e-2, steps=100), exam, TEXTS)
     assert control.name == "no-op (ft)"
+    assert [asked.edit.target for asked in control.result.asked] == ["Berlin", "Bob", "guitar"]
+    record = control.to_record()
+    assert (record["edits_applied"], record["edits_refused"], record["edits"]) == (3, 0, 3)
+    assert record["reliability"]["generated"] > 0.5, "as an examination of the original targets it would be 0"
+    assert record["locality"]["generated"] < 1.0, "said to be no-ops, these edits change what is said elsewhere"
+    assert record["portability"]["generated"] is None, "what follows from other targets is not asked"
     assert type(model.module(model.anatomy.mlp_output[2])).__name__ == "Linear"
+
+
+def test_a_no_op_control_of_refused_edits_says_so_and_finds_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes_nothing(*_: Any) -> None:
+        raise NumericsError("the edit changed nothing")
+
+    monkeypatch.setattr(FineTune, "_write", changes_nothing)
+    model = tiny_model("llama")
+    record = no_op_control(FineTune(model, **FT), examination(model), TEXTS).to_record()
+    assert (record["edits_applied"], record["edits_refused"]) == (0, record["edits"])
+    assert record["reliability"]["generated"] == record["locality"]["generated"] == 1.0
+    assert record["perplexity"] == model.perplexity(TEXTS)
+
+
+def test_a_no_op_control_that_fails_leaves_no_adapter_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    exam = examination(model)
+    editor = FineTune(model, **FT)
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(editor, "edit", breaks)
+    with pytest.raises(RuntimeError):
+        no_op_control(editor, exam, TEXTS)
+    assert not editor.adapter.is_attached
 
 
 def test_random_content_is_asked_and_taken_off_again() -> None:
@@ -177,20 +262,20 @@ def test_random_content_is_asked_and_taken_off_again() -> None:
     assert exam.ask().to_record() == mine
 
 
+def comparison_of(folder: Path, checkpoints: list[int], **more: Any) -> Comparison:
+    wanted: dict[str, Any] = {
+        "model": tiny_model("llama"),
+        "methods": ["ft"],
+        "edits": EDITS,
+        "texts": TEXTS,
+        "settings": {"ft": FT, "memoir": {"steps": 20, "contexts": 1, "relative_threshold": 0.5}},
+        "max_new_tokens": 5,
+    }
+    return Comparison(checkpoints=checkpoints, folder=folder, **wanted | more)
+
+
 def compare(folder: Path, checkpoints: list[int], **more: Any) -> list[dict[str, Any]]:
-    settings = {"ft": FT, "memoir": {"steps": 20, "contexts": 1, "relative_threshold": 0.5}}
-    methods = more.pop("methods", ["ft", "memoir"])
-    comparison = Comparison(
-        tiny_model("llama"),
-        methods,
-        EDITS,
-        checkpoints,
-        folder,
-        texts=TEXTS,
-        settings=settings,
-        max_new_tokens=5,
-        **more,
-    )
+    comparison = comparison_of(folder, checkpoints, **more)
     return comparison.chosen(list(comparison.run()))
 
 
@@ -199,7 +284,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_comparison_has_every_method_and_baseline_and_a_figure(tmp_path: Path) -> None:
-    rows = compare(tmp_path, [1, 3])
+    rows = compare(tmp_path, [1, 3], methods=["ft", "memoir", "ft"])
     names = [(row["method"], row["edits"]) for row in rows]
     assert names == [
         ("unedited", 1),
@@ -215,17 +300,50 @@ def test_a_comparison_has_every_method_and_baseline_and_a_figure(tmp_path: Path)
     ]
     for row in rows:
         assert {"reliability", "generalization", "locality", "perplexity", "seconds_per_edit"} <= row.keys()
+        assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert {row["batch_size"] for row in rows if not row["baseline"]} == {1}
+    no_op = next(row for row in rows if row["method"] == "no-op (ft)")
+    assert no_op["edits_applied"] + no_op["edits_refused"] == 3
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    made = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))["provenance"]
+    assert made["settings"]["ft"]["steps"] == 60
+    assert made["settings"].keys() == {"ft", "memoir"}
 
 
 def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = compare(tmp_path, [1, 3])
+    rows = compare(tmp_path, [1, 3], methods=["ft", "memoir"])
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("an edit was made again")
 
     monkeypatch.setattr(FineTune, "_write", forbidden)
-    assert compare(tmp_path, [1, 3]) == rows
+    assert compare(tmp_path, [1, 3], methods=["ft", "memoir"]) == rows
+
+
+def test_baselines_are_made_from_the_adapter_of_their_own_checkpoint(tmp_path: Path) -> None:
+    """A folder that holds three edits is asked for the baselines at one edit: as if there were one."""
+    compare(tmp_path / "late", [1, 3])
+    late = compare(tmp_path / "late", [1])
+    assert [(row["method"], row["edits"]) for row in late[2:]] == [("random content (ft)", 1), ("no-op (ft)", 1)]
+    assert without_times(late) == without_times(compare(tmp_path / "alone", [1]))
+    assert late[3]["edits_applied"] + late[3]["edits_refused"] == 1
+
+
+def test_a_comparison_goes_on_with_more_edits_behind_those_it_has(tmp_path: Path) -> None:
+    compare(tmp_path / "grown", [1], edits=EDITS[:2])
+    grown = compare(tmp_path / "grown", [1, 3])
+    assert without_times(grown[:4]) == without_times(compare(tmp_path / "whole", [1, 3])[:4])
+    assert compare(tmp_path / "grown", [1], edits=EDITS[:1])[0] == grown[0]
+    with pytest.raises(ConfigError, match="the edits"):
+        compare(tmp_path / "grown", [3], edits=[EDITS[0], EDITS[2], EDITS[1]])
+
+
+def test_methods_can_be_added_and_their_settings_are_kept_apart(tmp_path: Path) -> None:
+    compare(tmp_path, [1], controls=False)
+    rows = compare(tmp_path, [1], methods=["memoir"], controls=False)
+    assert [row["method"] for row in rows] == ["unedited", "memoir"]
+    with pytest.raises(ConfigError, match="other settings of ft"):
+        compare(tmp_path, [1], settings={"ft": {"steps": 3}})
 
 
 def test_a_comparison_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +364,127 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytes
     assert without_times(compare(tmp_path / "killed", [1, 2, 3], methods=["ft"])) == whole
 
 
+@pytest.mark.parametrize("killed_at", ["between checkpoints", "before the counters", "within a row", "within a letter"])
+def test_a_comparison_goes_on_wherever_it_was_killed(
+    tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = without_times(compare(tmp_path / "whole", [1, 2, 3]))
+    folder = tmp_path / "killed"
+    running = comparison_of(folder, [1, 2, 3]).run()
+    for row in running:
+        if (row["method"], row["edits"]) == ("ft", 2):  # written; the counters of checkpoint 2 are not yet
+            break
+    if killed_at == "between checkpoints":
+        next(running)
+    running.close()  # type: ignore[attr-defined]
+    rows = folder / "rows.jsonl"
+    if killed_at == "within a row":
+        rows.write_bytes(rows.read_bytes()[:-40])
+    elif killed_at == "within a letter":
+        with open(rows, "ab") as out:
+            out.write('{"method": "ü'.encode()[:-1])
+    assert without_times(compare(folder, [1, 2, 3])) == whole
+    lines = rows.read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    keys = [(row["method"], row["edits"]) for row in map(json.loads, lines)]
+    assert len(keys) == len(set(keys)) == len(whole)
+
+
+def test_what_is_damaged_in_a_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
+    compare(tmp_path, [1], controls=False)
+    head, rows = tmp_path / "comparison.json", tmp_path / "rows.jsonl"
+    sound = head.read_text(encoding="utf-8")
+    for broken in ('{"identity"', "[]", "{}"):
+        head.write_text(broken, encoding="utf-8")
+        with pytest.raises(ArtifactError, match=r"comparison\.json is missing or damaged.*delete"):
+            compare(tmp_path, [1])
+    head.unlink()
+    with pytest.raises(ArtifactError, match="missing or damaged"):
+        compare(tmp_path, [1])
+    head.write_text(sound, encoding="utf-8")
+    first, rest = rows.read_text(encoding="utf-8").split("\n", 1)
+    for broken in (first[:-5], "{}", "3"):
+        rows.write_text(f"{broken}\n{rest}", encoding="utf-8")
+        with pytest.raises(ArtifactError, match=r"rows\.jsonl:1 is damaged .*; delete this line and run again"):
+            compare(tmp_path, [1])
+    rows.write_text(rest, encoding="utf-8")
+    assert [row["method"] for row in compare(tmp_path, [1], controls=False)] == ["unedited", "ft"]
+    (tmp_path / "ft" / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"state\.json is damaged"):
+        compare(tmp_path, [1, 2])
+
+
+def test_rows_may_hold_what_other_programs_take_for_line_ends(tmp_path: Path) -> None:
+    rows = compare(tmp_path, [1], controls=False)
+    path = tmp_path / "rows.jsonl"
+    strange = [{**row, "note": "a\u2028b\x85c"} for row in rows]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in strange), encoding="utf-8")
+    assert compare(tmp_path, [1], controls=False) == strange
+
+
+def test_another_precision_or_version_is_another_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    compare(tmp_path, [1], controls=False)
+    halved = tiny_model("llama")
+    monkeypatch.setattr(EditableModel, "fingerprint", halved.fingerprint)
+    halved.model.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="dtype 'float32', now 'bfloat16'"):
+        compare(tmp_path, [1], model=halved)
+    monkeypatch.setattr("errata.evaluation.provenance.__version__", "99")
+    with pytest.raises(ConfigError, match=r"errata '.*', now '99'"):
+        compare(tmp_path, [1])
+
+
+def test_a_collapsed_model_has_no_perplexity_and_still_a_row_and_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EditableModel, "perplexity", lambda *_: math.inf)
+    rows = compare(tmp_path, [1, 3])
+    assert [row["perplexity"] for row in rows] == [None] * 6
+    for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        json.loads(line, parse_constant=pytest.fail)
+    assert compare(tmp_path, [1, 3]) == rows
+
+
+def test_checkpoints_are_checked_and_clamped_with_a_note(tmp_path: Path) -> None:
+    for wrong in ([], [0, 1], [-3], [1, -1]):
+        with pytest.raises(ConfigError, match="at least one checkpoint"):
+            comparison_of(tmp_path, wrong)
+    with pytest.raises(ConfigError, match="at least one checkpoint"):
+        comparison_of(tmp_path, [1], edits=[])
+    comparison = comparison_of(tmp_path, [1, 10, 100])
+    assert comparison.checkpoints == [1, 3]
+    assert comparison.notes == ["there are 3 edits: asked at 3 instead of 10, 100"]
+    assert comparison_of(tmp_path, [3, 1]).notes == []
+
+
+def test_provenance_says_what_must_be_the_same() -> None:
+    model = tiny_model("llama")
+    config = FineTune.Config.for_model(model, **FT)
+    made = run_provenance(model, config)
+    assert made == run_provenance(model, config.to_record())
+    assert json.loads(json.dumps(made)) == made
+    assert made["settings"]["steps"] == 60
+    assert (made["errata"], made["protocol"], made["dtype"], made["device"]) == (
+        __version__,
+        PROTOCOL,
+        "float32",
+        "cpu",
+    )
+    assert made["fingerprint"] == model.fingerprint
+    assert run_provenance(model)["settings"] is None
+
+
+def test_batches_end_at_checkpoints() -> None:
+    model = tiny_model("llama")
+    editor = FineTune(model, **FT, batch_size=2)
+    done: list[int] = []
+    found = run_sequence(editor, examination(model), [1, 3], after_edit=lambda count, _: done.append(count))
+    assert [checkpoint.to_record()["batch_size"] for checkpoint, _ in found] == [2, 2]
+    assert done == [1, 3]
+
+
 def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     compare(tmp_path, [1], methods=["ft"], controls=False)
     other = Comparison(tiny_model("llama", seed=1), ["ft"], EDITS, [1], tmp_path, texts=TEXTS)
@@ -263,8 +502,25 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="other settings of ft"):
         list(changed.run())
-    with pytest.raises(ConfigError, match="at least one checkpoint"):
-        Comparison(tiny_model("llama"), ["ft"], EDITS, [], tmp_path)
+
+
+def report_of(result: Result, **more: Any) -> RunReport:
+    """A report in which nothing but the examples matters."""
+    given: dict[str, Any] = {"rows": [], "controls": [], "protocol": [], "perplexity_before": 2.0, **more}
+    given = {"perplexity_after": 2.1, **given}
+    return RunReport("t", "lead", "errata demo", result=result, before=result, **given)
+
+
+def test_a_collapsed_model_is_reported_as_such(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    exam = examination(model)
+    (found,) = (c for c, _ in run_sequence(FineTune(model, **FT), exam, [3]))
+    found.perplexity = math.inf
+    assert found.to_record()["perplexity"] is None
+    report = report_of(found.result, rows=[found.to_record()], perplexity_after=math.inf)
+    page = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
+    assert "2.000 before, ∞ after" in page
+    assert "nan" not in page
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Several methods on the same edits in the same order, without reset, asked at the same checkpoints.
 
-A comparison lives in a folder: finished rows in `rows.jsonl`, and per method the adapter and counters of its last
-checkpoint. A run that was killed goes on from there; no finished row is made again.
+A comparison lives in a folder: in `comparison.json` how it is made, in `rows.jsonl` its finished rows, and per method
+its adapter at every checkpoint and its counters at the last. A run that was killed goes on from there; no finished row
+is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,9 @@ from errata.editors import Editor, editor_class
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.controls import no_op_control, random_control
 from errata.evaluation.figures import comparison_figure, save_figure
-from errata.evaluation.protocol import PROTOCOL, Examination, run_sequence
+from errata.evaluation.metrics import finite_or_none
+from errata.evaluation.protocol import Examination, Result, run_sequence
+from errata.evaluation.provenance import run_provenance
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
@@ -29,17 +33,28 @@ __all__ = ["Comparison"]
 class Comparison:
     """A resumable comparison of methods.
 
+    The folder belongs to one model, in one precision, on one kind of device, under one version of errata, and to one
+    order of edits. It may be gone on with by more methods, other checkpoints and more edits behind those it has.
+
     Args:
         model: the base model; nothing may be attached to it.
+        methods: a method named twice is run once.
         edits: applied in this order by every method.
-        checkpoints: numbers of edits at which everything is asked.
+        checkpoints: numbers of edits at which everything is asked. They end batches: with a batch size of 100,
+            checkpoints 1 and 10 make batches of 1, 9 and then 90 or 100.
         folder: where rows, adapters and the figure go.
         texts: held-out text for perplexity.
         settings: per method, settings that differ from the default.
         controls: also run no-op edits and random content for each method, at the last checkpoint.
 
+    Attributes:
+        notes: what differs from what was asked for, in words.
+        provenance: how the rows were made: version, model, precision, device, and the settings of each method.
+
     Raises:
-        ConfigError: the folder holds a comparison of something else, or a method does not exist.
+        ConfigError: the folder holds a comparison of something else, a method does not exist, or the checkpoints make
+            no sense.
+        ArtifactError: what the folder holds is damaged.
     """
 
     def __init__(
@@ -53,72 +68,128 @@ class Comparison:
         texts: Sequence[str] = (),
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         controls: bool = True,
-        max_new_tokens: int = 20,
+        max_new_tokens: int = 32,
     ) -> None:
-        self.model, self.methods, self.edits = model, list(methods), list(edits)
-        self.checkpoints = sorted({min(c, len(edits)) for c in checkpoints if c > 0})
-        if not self.checkpoints:
-            raise ConfigError("give at least one checkpoint of one edit or more, such as 1,10,100")
+        self.model, self.methods, self.notes = model, list(dict.fromkeys(methods)), list[str]()
+        self.checkpoints = self._reachable(checkpoints, len(edits))
+        self.edits = list(edits[: self.checkpoints[-1]])
         self.folder, self.texts, self.controls = folder, list(texts), controls
         self.settings = {name: dict((settings or {}).get(name, {})) for name in self.methods}
         self.configs = {
             name: editor_class(name).Config.for_model(model, **self.settings[name]) for name in self.methods
         }
-        self.examination = Examination(model, self.edits[: self.checkpoints[-1]], max_new_tokens)
-        self._rows_path = folder / "rows.jsonl"
+        self.provenance = run_provenance(model, {name: config.to_record() for name, config in self.configs.items()})
+        self.examination = Examination(model, self.edits, max_new_tokens)
+        self._head_path, self._rows_path = folder / "comparison.json", folder / "rows.jsonl"
+
+    def _reachable(self, checkpoints: Sequence[int], most: int) -> list[int]:
+        if not checkpoints or min(checkpoints) < 1 or not most:
+            raise ConfigError(
+                f"checkpoints {list(checkpoints)} of {most} edits make no comparison; give at least one checkpoint, "
+                "each of one edit or more, such as 1,10,100"
+            )
+        beyond = sorted({c for c in checkpoints if c > most})
+        if beyond:
+            self.notes.append(f"there are {most} edits: asked at {most} instead of {', '.join(map(str, beyond))}")
+        return sorted({min(c, most) for c in checkpoints})
+
+    # --- the folder ---------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.blake2b(digest_size=16)
-        for edit in self.edits:
-            digest.update(edit.to_json().encode())
-        for text in self.texts:
-            digest.update(text.encode())
+        """What must be the same for the folder's rows to be this comparison's."""
+        made = {name: self.provenance[name] for name in ("errata", "protocol", "fingerprint", "dtype")}
         return {
-            "protocol": PROTOCOL,
-            "model": self.model.fingerprint,
-            "edits": digest.hexdigest(),
+            **made,
+            "device": self.model.device.type,
             "max_new_tokens": self.examination.max_new_tokens,
+            "texts": _digest("\x1f".join(self.texts)),
         }
 
     def _open(self) -> list[dict[str, Any]]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        head = self.folder / "comparison.json"
-        identity = self._identity()
-        if not head.exists():
-            head.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        elif json.loads(head.read_text(encoding="utf-8")) != identity:
+        rows = self._read_rows()
+        head = self._checked_head({row["of"] for row in rows})
+        mine = [_digest(edit.to_json()) for edit in self.edits]
+        edits = max(head["edits"], mine, key=len)
+        record = {
+            "identity": self._identity(),
+            "provenance": {**self.provenance, "settings": {**head["settings"], **self.provenance["settings"]}},
+            "edits": edits,
+        }
+        _write_json(self._head_path, record)
+        return rows
+
+    def _checked_head(self, methods: set[str]) -> dict[str, Any]:
+        """The folder's list of edits and the settings of the methods that have rows; both empty if none has."""
+        if not methods:
+            return {"edits": [], "settings": {}}
+        try:
+            head = json.loads(self._head_path.read_text(encoding="utf-8"))
+            identity, edits, settings = head["identity"], list(head["edits"]), dict(head["provenance"]["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{self._head_path} is missing or damaged ({type(error).__name__}: {error}); delete {self.folder}, or "
+                "give another --out"
+            ) from error
+        mine = self._identity()
+        differs = [f"{k} {identity.get(k)!r}, now {v!r}" for k, v in mine.items() if identity.get(k) != v]
+        shared = min(len(edits), len(self.edits))
+        if edits[:shared] != [_digest(edit.to_json()) for edit in self.edits[:shared]]:
+            differs.append("the edits")
+        if differs:
             raise ConfigError(
-                f"{self.folder} holds a comparison of another model or other edits; give another --out, or delete it"
+                f"{self.folder} holds a comparison of another model or other edits, or one made otherwise "
+                f"({'; '.join(differs)}); give another --out, or delete it"
             )
+        settings = {method: record for method, record in settings.items() if method in methods}
+        for method, record in self.provenance["settings"].items():
+            if settings.get(method, record) != record:
+                raise ConfigError(
+                    f"{self.folder} holds rows made with other settings of {method}; give another --out, or delete it"
+                )
+        return {"edits": edits, "settings": settings}
+
+    def _read_rows(self) -> list[dict[str, Any]]:
         if not self._rows_path.exists():
             return []
+        raw = self._rows_path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):  # killed while it was being written: that row is made again
+            with open(self._rows_path, "r+b") as rows_file:
+                rows_file.truncate(whole)
         rows = []
-        for number, line in enumerate(self._rows_path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(raw[:whole].split(b"\n")[:-1], start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row, dict) or not {"method", "of", "baseline", "edits"} <= row.keys():
+                    raise ValueError("it is not a row")
+            except ValueError as error:
                 raise ArtifactError(
-                    f"{self._rows_path}:{number} is damaged ({error.msg}); delete this line and run again"
+                    f"{self._rows_path}:{number} is damaged ({error}); delete this line and run again"
                 ) from error
+            rows.append(row)
         return rows
 
     def _note(self, row: dict[str, Any]) -> dict[str, Any]:
-        with open(self._rows_path, "a", encoding="utf-8") as out:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with open(self._rows_path, "a", encoding="utf-8", newline="\n") as out:
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         return row
+
+    # --- the runs -----------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress = NO_PROGRESS) -> Iterator[dict[str, Any]]:
         """Yield every row, those of an earlier run first, and draw the figure at the end."""
         rows = self._open()
         yield from rows
         done = {(row["method"], row["edits"]) for row in rows}
-        for row in self._unedited(done, progress):
+        parts = [self._unedited(done, progress)]
+        for method in self.methods:
+            parts.append(self._method(method, done, progress))
+            if self.controls:
+                parts.append(self._controls(method, done, progress))
+        for row in itertools.chain.from_iterable(parts):
             rows.append(row)
             yield row
-        for method in self.methods:
-            for row in self._method(method, done, progress):
-                rows.append(row)
-                yield row
         save_figure(comparison_figure(self.chosen(rows)), self.folder / "comparison.png")
 
     def chosen(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,55 +202,76 @@ class Comparison:
         missing = [c for c in self.checkpoints if ("unedited", c) not in done]
         if not missing:
             return
-        self.examination.ask_base(progress=progress)
-        perplexity = self.model.perplexity(self.texts) if self.texts else None
+        asked = self.examination.ask_unedited(progress).asked
+        perplexity = finite_or_none(self.model.perplexity(self.texts)) if self.texts else None
         for count in missing:
-            result = self.examination.ask(self.edits[:count])
-            row = {"method": "unedited", "of": "unedited", "baseline": True, **result.to_record()}
+            row = {"method": "unedited", "of": "unedited", "baseline": True, **Result(asked[:count]).to_record()}
             yield self._note({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
 
     def _method(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
-        cls = editor_class(method)
-        config = self.configs[method]
-        place = self.folder / method
-        state: dict[str, Any] | None = None
-        adapter = None
-        if (place / "state.json").exists():
-            state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            if state.pop("config") != json.loads(json.dumps(config.to_record())):
-                raise ConfigError(f"{place} was made with other settings of {method}; give another --out, or delete it")
-            if any((method, c) not in done and c <= state["done"] for c in self.checkpoints):
-                state = None  # a checkpoint was added that the earlier run has passed: begin again
-            else:
-                adapter = AutoAdapter.from_pretrained(place / f"adapter-{state['done']}")
-        names = (f"no-op ({method})", f"random content ({method})")
-        last = self.checkpoints[-1]
-        controls_missing = self.controls and any((name, last) not in done for name in names)
-        if all((method, c) in done for c in self.checkpoints) and not controls_missing:
+        missing = [c for c in self.checkpoints if (method, c) not in done]
+        if not missing:
             return
+        place = self.folder / method
+        state = self._state(place)
+        if state is not None and (missing[0] <= state["done"] or (method, state["done"]) not in done):
+            state = None  # a checkpoint was added that the earlier run has passed, or its row is gone: begin again
+        adapter = None if state is None else AutoAdapter.from_pretrained(place / f"adapter-{state['done']}")
         self.examination.ask_base(progress=progress)
-        editor: Editor[Any] = cls(self.model, config, adapter=adapter)
+        editor: Editor[Any] = editor_class(method)(self.model, self.configs[method], adapter=adapter)
         try:
             for checkpoint, after in run_sequence(
                 editor, self.examination, self.checkpoints, texts=self.texts, resume=state, progress=progress
             ):
                 editor.adapter.save_pretrained(place / f"adapter-{after['done']}")
-                draft = place / "state.json.new"
-                draft.write_text(json.dumps({**after, "config": config.to_record()}), encoding="utf-8")
                 row = {"method": method, "of": method, "baseline": False, **checkpoint.to_record()}
                 if (method, checkpoint.edits) not in done:
                     yield self._note({**row, "memory_version": editor.adapter.memory_version})
-                os.replace(draft, place / "state.json")
-            if controls_missing and (names[1], last) not in done:
-                control = random_control(editor.adapter, self.examination, self.texts, progress=progress)
-                yield self._note(self._control_row(control.to_record(), method, last))
+                _write_json(place / "state.json", after)
         finally:
             editor.adapter.detach()
-        if controls_missing and (names[0], last) not in done:
-            control = no_op_control(cls(self.model, config), self.examination, self.texts, progress)
-            yield self._note(self._control_row(control.to_record(), method, last))
 
-    @staticmethod
-    def _control_row(record: dict[str, Any], method: str, count: int) -> dict[str, Any]:
-        name = record.pop("name")
-        return {"method": name, "of": method, "baseline": True, **record, "edits": count, "seconds_per_edit": 0.0}
+    def _state(self, place: Path) -> dict[str, Any] | None:
+        path = place / "state.json"
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            int(state["done"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); delete it: {place.name} begins again") from error
+        return state
+
+    def _controls(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
+        """Baselines of the method at the last checkpoint, from the adapter that was saved there."""
+        last = self.checkpoints[-1]
+        random_content, no_op = f"random content ({method})", f"no-op ({method})"
+        if {(random_content, last), (no_op, last)} <= done:
+            return
+        self.examination.ask_base(progress=progress)
+        if (random_content, last) not in done:
+            adapter = AutoAdapter.from_pretrained(self.folder / method / f"adapter-{last}", model=self.model)
+            try:
+                control = random_control(adapter, self.examination, self.texts, progress=progress)
+            finally:
+                adapter.detach()
+            yield self._note(self._control_row(control.to_record(), method))
+        if (no_op, last) not in done:
+            editor: Editor[Any] = editor_class(method)(self.model, self.configs[method])
+            control = no_op_control(editor, self.examination, self.texts, progress)
+            yield self._note(self._control_row(control.to_record(), method))
+
+    def _control_row(self, record: dict[str, Any], method: str) -> dict[str, Any]:
+        name, last = record.pop("name"), self.checkpoints[-1]
+        return {"method": name, "of": method, "baseline": True, **record, "edits": last, "seconds_per_edit": 0.0}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """All or nothing: a draft takes the file's place."""
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -18,6 +18,7 @@ import torch
 from errata.adapters import Adapter
 from errata.edit import Edit
 from errata.editors import Editor
+from errata.evaluation.metrics import finite_or_none
 from errata.evaluation.protocol import Examination, Result
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
@@ -29,14 +30,27 @@ _FIRST_CLAUSE = re.compile(r"^(.*?)(?:[.!?](?:\s|$)|\n|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Control:
-    """One baseline: what was asked of it and the perplexity of held-out text under it."""
+    """One baseline: what was asked of it and the perplexity of held-out text under it.
+
+    Attributes:
+        applied, refused: edits that were written for it and that the editor refused (some refuse an edit that changes
+            nothing); None where none were made.
+    """
 
     name: str
     result: Result
     perplexity: float | None
+    applied: int | None = None
+    refused: int | None = None
 
     def to_record(self) -> dict[str, Any]:
-        return {"name": self.name, **self.result.to_record(), "perplexity": self.perplexity}
+        return {
+            "name": self.name,
+            **self.result.to_record(),
+            "perplexity": finite_or_none(self.perplexity),
+            "edits_applied": self.applied,
+            "edits_refused": self.refused,
+        }
 
 
 def _perplexity(model: EditableModel, texts: Sequence[str]) -> float | None:
@@ -44,13 +58,17 @@ def _perplexity(model: EditableModel, texts: Sequence[str]) -> float | None:
 
 
 def no_op_edits(examination: Examination) -> list[Edit]:
-    """The same edits with the unedited model's own answer as target; edits it had no answer to are left out."""
+    """The same edits with the unedited model's own answer as target; edits it had no answer to are left out.
+
+    Portability is not asked: what would follow from the original targets does not follow from these.
+    """
     written = []
     for edit in examination.edits:
         match = _FIRST_CLAUSE.match(examination.base_answer(edit.prompt).strip())
         answer = match.group(1).strip() if match else ""
         if answer:
-            written.append(edit.model_copy(update={"target": answer, "id": f"{edit.id}-no-op"}))
+            changed = {"target": answer, "id": f"{edit.id}-no-op", "portability": ()}
+            written.append(edit.model_copy(update=changed))
     return written
 
 
@@ -61,10 +79,12 @@ def no_op_control(
     edits = no_op_edits(examination)
     asking = Examination(examination.model, edits, examination.max_new_tokens, examination.batch_tokens)
     asking.share_base(examination)
-    editor.edit(edits, progress)
-    control = Control(f"no-op ({editor.name})", asking.ask(progress=progress), _perplexity(examination.model, texts))
-    editor.adapter.detach()
-    return control
+    try:
+        outcome = editor.edit(edits, progress)
+        result, perplexity = asking.ask(progress=progress), _perplexity(examination.model, texts)
+    finally:
+        editor.adapter.detach()
+    return Control(f"no-op ({editor.name})", result, perplexity, len(outcome.applied), len(outcome.refused))
 
 
 def random_control(

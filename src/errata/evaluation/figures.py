@@ -30,6 +30,11 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, axes
 
 
+def _number(value: float | None) -> float:
+    """What JSON holds, for a line: None leaves a gap."""
+    return math.nan if value is None else float(value)
+
+
 def svg(figure: Figure) -> str:
     """The figure as an SVG element, to be put into a page."""
     import matplotlib
@@ -80,10 +85,10 @@ def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figu
     """Left: success over the run, right after each edit and after all of them. Right: success by age at the end."""
     figure, (over, age) = _figure(7.5, 3.2, 1, 2)
     counts = [row["edits"] for row in rows]
-    over.plot(counts, [row["immediate"] for row in rows], "s--", color=COLOURS[5], label="right after the edit")
-    over.plot(
-        counts, [row["reliability"]["generated"] for row in rows], "o-", color=COLOURS[0], label="after all edits"
-    )
+    at_once = [_number(row["immediate"]["reliability"]["generated"]) for row in rows]
+    finally_ = [_number(row["reliability"]["generated"]) for row in rows]
+    over.plot(counts, at_once, "s--", color=COLOURS[5], label="right after the edit")
+    over.plot(counts, finally_, "o-", color=COLOURS[0], label="after all edits")
     over.set(xlabel="edits made", ylabel="reliability (generated)", ylim=(-0.03, 1.05), title=title)
     over.legend(fontsize=8, loc="lower left")
     retention = {int(a): share for a, share in rows[-1]["retention"].items()}
@@ -106,8 +111,7 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
 
         def value(row: Mapping[str, Any], name: str = name) -> float:
-            found = row["perplexity"] if name == "perplexity" else row[name]["generated"]
-            return math.nan if found is None else float(found)
+            return _number(row["perplexity"] if name == "perplexity" else row[name]["generated"])
 
         for number, method in enumerate(methods):
             own = [row for row in rows if row["method"] == method]
@@ -129,7 +133,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_xticks(counts, [str(c) for c in counts])
         axis.minorticks_off()
         if name == "perplexity":
-            axis.set_yscale("log")
+            if any(math.isfinite(value(row)) for row in rows):  # a scale of logarithms needs something to scale
+                axis.set_yscale("log")
         else:
             axis.set_ylim(-0.03, 1.05)
     axes[0].legend(fontsize=9, loc="lower left")

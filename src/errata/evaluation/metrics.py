@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,35 +24,65 @@ __all__ = [
     "answers_exactly",
     "bootstrap_mean",
     "contains",
+    "finite_or_none",
     "normalise",
     "same_text",
     "token_accuracy",
 ]
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
-_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+_ARTICLES = frozenset(("a", "an", "the"))
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_OPERATORS = frozenset("+-*/<>=%")
 _CLAUSE_END = re.compile(r"[.!?](?=\s|$|[\"')\]])|\n")
+# One or two letters before a full stop: an initial ("J. K. Rowling") or an abbreviation ("St. Gallen").
+_SHORT_WORD = re.compile(r"(?:^|[\W_])([^\W\d_]{1,2})$")
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no English articles, single spaces.
+    """SQuAD's normalisation (Rajpurkar et al. 2016): lower case, punctuation deleted, no articles, single spaces.
 
-    A text of nothing else is kept in lower case, so that "A" or "?" can be an answer.
+    Three things are kept that SQuAD's script would lose, because they are the answer or part of it: an article's
+    letters where no other word follows ("Vitamin A") or a full stop does ("A. A. Milne"); an operator that stands alone
+    between words ("a + b"); and a text of nothing but punctuation, as it is.
     """
-    lowered = text.lower().strip()
-    bare = " ".join(_ARTICLES.sub(" ", lowered.translate(_PUNCTUATION)).split())
-    return bare or lowered
+    kept: list[str] = []
+    before_word = False  # from the end: whether a word that is no article follows
+    for word in reversed(text.lower().split()):
+        bare = word if word in _OPERATORS else word.translate(_PUNCTUATION)
+        if bare in _ARTICLES and not word.endswith("."):
+            if before_word:
+                continue
+        elif bare:
+            before_word = bare not in _OPERATORS
+        if bare:
+            kept.append(bare)
+    while kept and kept[-1] in _OPERATORS:  # the dash of a list stands between nothing
+        kept.pop()
+    return " ".join(reversed(kept)) or text.lower().strip()
+
+
+def _ends(generated: str, answer: str) -> Iterator[int]:
+    """Places where what was written may end: sentence ends, line breaks, and the end of the text.
+
+    A full stop behind one or two letters may belong to an initial or an abbreviation. It ends nothing unless the answer
+    ends with a full stop too, or the word is "no".
+    """
+    for match in _CLAUSE_END.finditer(generated):
+        short = _SHORT_WORD.search(generated, 0, match.start()) if match.group() == "." else None
+        if short is None or short.group(1).lower() == "no" or answer.rstrip().endswith("."):
+            yield match.start()
+    yield len(generated)
 
 
 def answers_exactly(generated: str, answer: str) -> bool:
     """Whether what was written up to some end of a sentence is the answer.
 
-    Every sentence end is tried, so neither "U.S." nor "St. Gallen" is cut apart, and a model that goes on talking
-    after a complete answer is not punished. Neither is one that stops: the end of the text counts too.
+    Every sentence end is tried, so a model that goes on talking after a complete answer is not punished. Neither is one
+    that stops: the end of the text counts too. Initials and abbreviations end no sentence: "St" is not the answer of a
+    model that says "St. Gallen".
     """
     wanted = normalise(answer)
-    ends = [match.start() for match in _CLAUSE_END.finditer(generated)] + [len(generated)]
-    return any(normalise(generated[:end]) == wanted for end in ends if generated[:end].strip())
+    return any(normalise(generated[:end]) == wanted for end in _ends(generated, answer) if generated[:end].strip())
 
 
 def contains(generated: str, answer: str) -> bool:
@@ -99,8 +129,13 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = 1000, seed: int 
     return Measure(float(array.mean()), float(low), float(high), len(array))
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """The number as JSON can hold it: None for NaN and infinity, such as the perplexity of a collapsed model."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 6)
+    return round(value, 6) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

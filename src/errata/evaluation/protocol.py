@@ -8,14 +8,14 @@ edits made so far (*final*), beside what was true right after each was made (*im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from errata.adapters import Adapter
 from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
-from errata.evaluation.metrics import Score, answers_exactly, bootstrap_mean, contains, same_text, token_accuracy
+from errata.evaluation.metrics import Score, answers_exactly, contains, finite_or_none, same_text, token_accuracy
 from errata.model import EditableModel, Passage
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS, Progress
@@ -24,24 +24,29 @@ __all__ = ["PROTOCOL", "AskedEdit", "Checkpoint", "Examination", "Result", "run_
 
 PROTOCOL = "errata-1"
 
+# Generated exact, generated contains, teacher-forced.
+Triple = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class AskedEdit:
-    """Everything one edit was asked for, as means over its own prompts; NaN-free lists, empty where nothing was asked.
-
-    Each list holds one (generated exact, generated contains, teacher-forced) triple per prompt.
-    """
+    """Everything one edit was asked: per property one triple for each of its prompts, empty where nothing was asked."""
 
     edit: Edit
-    reliability: list[tuple[float, float, float]]
-    generalization: list[tuple[float, float, float]]
-    locality: list[tuple[float, float, float]]
-    portability: list[tuple[float, float, float]]
+    reliability: list[Triple]
+    generalization: list[Triple]
+    locality: list[Triple]
+    portability: list[Triple]
     said: dict[str, str]
 
 
-def _mean(triples: Sequence[tuple[float, float, float]], part: int) -> float:
+def _mean(triples: Sequence[Triple], part: int) -> float:
     return sum(triple[part] for triple in triples) / len(triples)
+
+
+def _score(per_edit: Sequence[Sequence[Triple]]) -> Score:
+    """Over edits of which each was asked something."""
+    return Score.of(*([_mean(triples, part) for triples in per_edit] for part in range(3)))
 
 
 @dataclass
@@ -53,8 +58,7 @@ class Result:
 
     def score(self, name: str) -> Score:
         """`name` is reliability, generalization, locality or portability."""
-        per_edit = [triples for asked in self.asked if (triples := getattr(asked, name))]
-        return Score.of(*([_mean(triples, part) for triples in per_edit] for part in range(3)))
+        return _score([triples for asked in self.asked if (triples := getattr(asked, name))])
 
     @property
     def reliability(self) -> Score:
@@ -73,16 +77,16 @@ class Result:
         return self.score("portability")
 
     def by_kind(self, name: str) -> dict[str, Score]:
-        """Locality or portability per kind of probe, for probes that state one."""
-        kinds: dict[str, list[tuple[float, float, float]]] = {}
+        """Locality or portability per kind of probe, for probes that state one, over the edits that have such."""
+        kinds: dict[str, list[list[Triple]]] = {}
         for asked in self.asked:
+            own: dict[str, list[Triple]] = {}
             for probe, triple in zip(getattr(asked.edit, name), getattr(asked, name), strict=True):
                 if probe.kind:
-                    kinds.setdefault(probe.kind, []).append(triple)
-        return {
-            kind: Score.of(*([t[part] for t in triples] for part in range(3)))
-            for kind, triples in sorted(kinds.items())
-        }
+                    own.setdefault(probe.kind, []).append(triple)
+            for kind, triples in own.items():
+                kinds.setdefault(kind, []).append(triples)
+        return {kind: _score(per_edit) for kind, per_edit in sorted(kinds.items())}
 
     def to_record(self) -> dict[str, Any]:
         record: dict[str, Any] = {"edits": len(self.asked), "protocol": self.protocol}
@@ -100,13 +104,13 @@ class Examination:
         model: the model, in whatever state it is asked.
         edits: all edits that will ever be asked about.
         max_new_tokens: the same for every question, whatever its answer: no length leaks.
-        batch_tokens: padded tokens per batch.
+        batch_tokens: padded tokens per batch. More is no faster on a CPU: the longest answer holds a batch up.
     """
 
     model: EditableModel
     edits: Sequence[Edit]
-    max_new_tokens: int = 20
-    batch_tokens: int = 16384
+    max_new_tokens: int = 32
+    batch_tokens: int = 4096
     _said_before: dict[str, str] = field(default_factory=dict)
     _forced_before: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
@@ -126,6 +130,17 @@ class Examination:
         self._said_before = said
         pairs = sorted({self._locality_pair(probe) for edit in self.edits for probe in edit.locality})
         self._forced_before = self._forced(pairs)
+
+    def ask_unedited(self, progress: Progress = NO_PROGRESS) -> Result:
+        """Measure the unedited model, which must be free of adapters, and keep its answers as `ask_base` does.
+
+        Asks everything once, where `ask_base` and then `ask` would ask most of it twice.
+        """
+        prompts = self._prompts(self.edits)
+        progress.start("asking the unedited model", len(prompts))
+        self._said_before = self._generate(prompts, progress)
+        self._forced_before = self._forced(self._pairs(self.edits))
+        return self._result(self.edits, self._said_before, self._forced_before)
 
     def share_base(self, other: Examination) -> None:
         """Take over what the unedited model said from an examination that asked the same prompts."""
@@ -158,29 +173,50 @@ class Examination:
 
     def ask(self, edits: Sequence[Edit] | None = None, progress: Progress = NO_PROGRESS) -> Result:
         """Measure the model as it is now. `ask_base` must have been called on the unedited model."""
-        edits = list(self.edits if edits is None else edits)
-        wanted: dict[str, list[tuple[str, str]]] = {}
-        for edit in edits:
-            answers = [(edit.prompt, edit.target), *((text, edit.target) for text in edit.rephrases)]
-            answers += [(probe.prompt, probe.answer or "") for probe in edit.portability]
-            wanted[edit.id] = answers
-        prompts = {prompt for pairs in wanted.values() for prompt, _ in pairs}
-        prompts |= {probe.prompt for edit in edits for probe in edit.locality}
+        edits = self.edits if edits is None else edits
+        prompts = self._prompts(edits)
         progress.start("asking the edited model", len(prompts))
-        said = self._generate(sorted(prompts), progress)
-        pairs = {pair for answers in wanted.values() for pair in answers}
+        return self._result(edits, self._generate(prompts, progress), self._forced(self._pairs(edits)))
+
+    def ask_targets(self, edits: Sequence[Edit]) -> list[tuple[Triple, list[Triple]]]:
+        """Per edit, reliability and generalization alone: what is asked right after it was made."""
+        said = self._generate(sorted({prompt for edit in edits for prompt, _ in _targets(edit)}))
+        forced = self._forced(sorted({pair for edit in edits for pair in _targets(edit)}))
+        found = []
+        for edit in edits:
+            first, *others = (self._right(prompt, answer, said, forced) for prompt, answer in _targets(edit))
+            found.append((first, others))
+        return found
+
+    def _prompts(self, edits: Sequence[Edit]) -> list[str]:
+        """Every prompt that is asked about these edits, once."""
+        probes = {probe.prompt for edit in edits for probe in (*edit.locality, *edit.portability)}
+        return sorted(probes | {prompt for edit in edits for prompt, _ in _targets(edit)})
+
+    def _pairs(self, edits: Sequence[Edit]) -> list[tuple[str, str]]:
+        """Every prompt with an answer that is teacher-forced behind it, once."""
+        pairs = {pair for edit in edits for pair in _targets(edit)}
+        pairs |= {(probe.prompt, probe.answer or "") for edit in edits for probe in edit.portability}
         pairs |= {self._locality_pair(probe) for edit in edits for probe in edit.locality}
-        forced = self._forced(sorted(pairs))
-        tokens = {
-            pair: passage.answer for pair, passage in zip(sorted(pairs), self._passages(sorted(pairs)), strict=True)
-        }
+        return sorted(pairs)
 
-        def right(prompt: str, answer: str) -> tuple[float, float, float]:
-            text = said[prompt]
-            share = token_accuracy(forced[prompt, answer], tokens[prompt, answer])
-            return float(answers_exactly(text, answer)), float(contains(text, answer)), share
+    def _right(
+        self, prompt: str, answer: str, said: Mapping[str, str], forced: Mapping[tuple[str, str], tuple[int, ...]]
+    ) -> Triple:
+        text = said[prompt]
+        share = token_accuracy(forced[prompt, answer], self.model.passage(prompt, answer).answer)
+        return float(answers_exactly(text, answer)), float(contains(text, answer)), share
 
-        def unchanged(probe: Probe) -> tuple[float, float, float]:
+    def _result(
+        self,
+        edits: Sequence[Edit],
+        said: Mapping[str, str],
+        forced: Mapping[tuple[str, str], tuple[int, ...]],
+    ) -> Result:
+        def right(prompt: str, answer: str) -> Triple:
+            return self._right(prompt, answer, said, forced)
+
+        def unchanged(probe: Probe) -> Triple:
             pair = self._locality_pair(probe)
             before, now = self._said_before[probe.prompt], said[probe.prompt]
             same = float(same_text(before, now))
@@ -200,21 +236,27 @@ class Examination:
         return Result([asked(edit) for edit in edits])
 
 
+def _targets(edit: Edit) -> list[tuple[str, str]]:
+    """The edited prompt and its other wordings, each with the target."""
+    return [(edit.prompt, edit.target), *((text, edit.target) for text in edit.rephrases)]
+
+
 @dataclass
 class Checkpoint:
     """The state of a sequential run after some number of edits.
 
     Attributes:
         edits: how many were made; result: all of them asked now (*final*).
-        immediate: share of them whose own prompt was answered with the target right after they were made, generated.
+        immediate: reliability and generalization right after each edit was made, each {generated, teacher_forced}.
         retention: per age (edits made since, by powers of two), the share that still answers, generated.
         forgetting: mean over edits of the best earlier success minus the success now.
         perplexity: on held-out text, NaN if none was given; seconds: spent editing so far.
+        batch_size: edits written together; a checkpoint ends a batch early.
     """
 
     edits: int
     result: Result
-    immediate: float
+    immediate: dict[str, dict[str, float | None]]
     retention: dict[int, float]
     forgetting: float
     perplexity: float
@@ -222,6 +264,7 @@ class Checkpoint:
     prepare_seconds: float
     applied: int
     refused: int
+    batch_size: int = 1
 
     @property
     def seconds_per_edit(self) -> float:
@@ -234,11 +277,12 @@ class Checkpoint:
             "immediate": self.immediate,
             "retention": {str(age): share for age, share in self.retention.items()},
             "forgetting": self.forgetting,
-            "perplexity": None if math.isnan(self.perplexity) else self.perplexity,
+            "perplexity": finite_or_none(self.perplexity),
             "seconds_per_edit": self.seconds_per_edit,
             "prepare_seconds": self.prepare_seconds,
             "edits_applied": self.applied,
             "edits_refused": self.refused,
+            "batch_size": self.batch_size,
         }
 
 
@@ -257,18 +301,34 @@ def retention_by_age(success: Sequence[float]) -> dict[int, float]:
 
 @dataclass
 class _Progressed:
-    """What a sequential run carries from checkpoint to checkpoint; kept with saved rows so a run can go on."""
+    """What a sequential run carries from checkpoint to checkpoint; kept with saved rows so a run can go on.
+
+    `immediate` holds per edit, for reliability and generalization, the share generated and the share teacher-forced,
+    or None where nothing was asked; `best` the best reliability (generated) so far.
+    """
 
     done: int = 0
     seconds: float = 0.0
     prepare_seconds: float = 0.0
-    immediate: list[float] = field(default_factory=list)
+    immediate: list[dict[str, list[float] | None]] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
     applied: int = 0
     refused: int = 0
 
     def to_record(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    def reliable_at_once(self) -> list[float]:
+        """Per edit, whether its own prompt was answered with the target right after it was made, generated."""
+        return [found[0] if (found := own["reliability"]) else 0.0 for own in self.immediate]
+
+    def immediate_scores(self) -> dict[str, dict[str, float | None]]:
+        scores: dict[str, dict[str, float | None]] = {}
+        for name in ("reliability", "generalization"):
+            asked = [found for own in self.immediate if (found := own[name]) is not None]
+            means = [sum(found[part] for found in asked) / len(asked) if asked else None for part in range(2)]
+            scores[name] = dict(zip(("generated", "teacher_forced"), means, strict=True))
+        return scores
 
 
 def run_sequence(
@@ -308,22 +368,24 @@ def run_sequence(
             state.prepare_seconds += outcome.prepare_seconds
             state.applied += len(outcome.applied)
             state.refused += len(outcome.refused)
-            said = editor.model.generate([edit.prompt for edit in batch], max_new_tokens=examination.max_new_tokens)
-            state.immediate += [float(answers_exactly(text, e.target)) for text, e in zip(said, batch, strict=True)]
+            for own, others in examination.ask_targets(batch):
+                general = [_mean(others, 0), _mean(others, 2)] if others else None
+                state.immediate.append({"reliability": [own[0], own[2]], "generalization": general})
             state.done += len(batch)
-            progress.advance(len(batch), note=f"{sum(state.immediate):.0f} right at once")
+            progress.advance(len(batch), note=f"{sum(state.reliable_at_once()):.0f} right at once")
             if after_edit is not None:
                 after_edit(state.done, outcome)
         result = examination.ask(edits[:goal])
         success = [asked.reliability[0][0] for asked in result.asked]
-        best = [max(pair) for pair in zip(state.best + state.immediate[len(state.best) : goal], success, strict=True)]
+        earlier = state.best + state.reliable_at_once()[len(state.best) :]
+        best = [max(pair) for pair in zip(earlier, success, strict=True)]
         forgetting = sum(b - s for b, s in zip(best, success, strict=True)) / goal
         state.best = best
         yield (
             Checkpoint(
                 edits=goal,
                 result=result,
-                immediate=sum(state.immediate[:goal]) / goal,
+                immediate=state.immediate_scores(),
                 retention=retention_by_age(success),
                 forgetting=forgetting,
                 perplexity=editor.model.perplexity(texts) if texts else math.nan,
@@ -331,13 +393,7 @@ def run_sequence(
                 prepare_seconds=state.prepare_seconds,
                 applied=state.applied,
                 refused=state.refused,
+                batch_size=editor.config.batch_size,
             ),
             state.to_record(),
         )
-
-
-def accuracy(model: EditableModel, pairs: Sequence[tuple[str, str]], *, max_new_tokens: int = 20) -> float:
-    """Share of prompts whose generated answer is exactly the one given."""
-    said = model.generate([prompt for prompt, _ in pairs], max_new_tokens=max_new_tokens)
-    hits = [float(answers_exactly(text, answer)) for text, (_, answer) in zip(said, pairs, strict=True)]
-    return bootstrap_mean(hits).value

@@ -13,7 +13,7 @@ from errata import __version__
 from errata.edit import Edit
 from errata.evaluation.controls import Control
 from errata.evaluation.figures import retention_figure, scores_figure, svg
-from errata.evaluation.metrics import answers_exactly, same_text
+from errata.evaluation.metrics import answers_exactly, finite_or_none, same_text
 from errata.evaluation.protocol import AskedEdit, Result
 
 __all__ = ["RunReport", "write_report"]
@@ -38,8 +38,8 @@ class RunReport:
 
     Attributes:
         rows: the checkpoints' records, in order; result: what was said at the last one.
-        said_before: the unedited model's answer to every prompt that was asked.
-        before: the scores of the unedited model.
+        before: the unedited model, asked the same.
+        perplexity_before, perplexity_after: of held-out text; None and NaN are shown as a dash.
         protocol: settings to print, as pairs.
     """
 
@@ -49,8 +49,8 @@ class RunReport:
     rows: Sequence[Mapping[str, Any]]
     result: Result
     before: Result
-    perplexity_before: float
-    perplexity_after: float
+    perplexity_before: float | None
+    perplexity_after: float | None
     controls: Sequence[Control]
     protocol: Sequence[tuple[str, str]]
     examples: int = 4
@@ -58,7 +58,9 @@ class RunReport:
 
 
 def _share(value: Any) -> str:
-    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{float(value):.3f}"
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{float(value):.3f}" if math.isfinite(value) else "∞"
 
 
 def _score_row(name: str, record: Mapping[str, Any], meaning: str) -> dict[str, Any]:
@@ -82,8 +84,8 @@ def _examples(report: RunReport) -> list[dict[str, Any]]:
     chosen = asked[::step][: report.examples]
     if failed and not any(a in failed for a in chosen):
         chosen[-1] = failed[0]
-    before = {a.edit.id: a.said for a in report.before.asked}
-    return [_example(a, before[a.edit.id]) for a in chosen]
+    before = {prompt: text for a in report.before.asked for prompt, text in a.said.items()}
+    return [_example(a, before) for a in chosen]
 
 
 def _example(asked: AskedEdit, before: Mapping[str, str]) -> dict[str, Any]:
@@ -133,13 +135,13 @@ def write_report(path: Path, report: RunReport) -> Path:
         {
             "name": "unedited",
             **{n: _share(before[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-            "perplexity": f"{report.perplexity_before:.3f}",
+            "perplexity": _share(report.perplexity_before),
             "meaning": "the base model: how often it says the targets by itself",
         },
         {
             "name": "edited",
             **{n: _share(record[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-            "perplexity": f"{report.perplexity_after:.3f}",
+            "perplexity": _share(report.perplexity_after),
             "meaning": "this run",
         },
     ]
@@ -150,7 +152,7 @@ def write_report(path: Path, report: RunReport) -> Path:
             {
                 "name": control.name,
                 **{n: _share(scores[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-                "perplexity": "–" if control.perplexity is None else f"{control.perplexity:.3f}",
+                "perplexity": _share(control.perplexity),
                 "meaning": "the same method writes back the old answers (its targets here); any loss is damage"
                 if no_op
                 else "noise of the same norm in place of what was written",
@@ -164,12 +166,12 @@ def write_report(path: Path, report: RunReport) -> Path:
         }
         for name in names[:3]
     ]
-    change = report.perplexity_after / report.perplexity_before - 1
+    first, now = finite_or_none(report.perplexity_before), finite_or_none(report.perplexity_after)
     cards.append(
         {
             "name": "perplexity",
-            "value": f"{change:+.2%}",
-            "note": f"{report.perplexity_before:.3f} before, {report.perplexity_after:.3f} after",
+            "value": "–" if first is None or now is None else f"{now / first - 1:+.2%}",
+            "note": f"{_share(report.perplexity_before)} before, {_share(report.perplexity_after)} after",
         }
     )
     cards.append(
