@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import errata.adapters.base
 from errata.adapters import AutoAdapter, BaseIdentity, DeltaAdapter, WeightChange
 from errata.edit import Edit
+from errata.editors import editor
 from errata.errors import ArtifactError, BaseMismatchError, ConfigError, EditError, NumericsError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
+from errata.model.probes import capturing_inputs
 from errata.testing import tiny_model
 
 PATH = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
@@ -114,16 +124,91 @@ def test_attaching_twice_or_asking_a_detached_adapter_is_an_error() -> None:
         adapter.attach(model)
 
 
-def test_random_content_has_the_same_norm_and_another_direction() -> None:
+def test_random_content_moves_outputs_as_far_in_another_direction() -> None:
     model = tiny_model("llama")
     adapter = adapter_with(model, 3)
+    residue = torch.randn(32, 96, generator=torch.Generator().manual_seed(9))
+    adapter.add([change("dense", 7)], {PATH["llama"]: residue})
     noise = adapter.with_random_content(torch.Generator().manual_seed(0))
     (mine,), (other,) = adapter.layer_changes(model), noise.layer_changes(model)
     assert mine.norm == pytest.approx(other.norm, rel=1e-4)
+    assert mine.entries == other.entries
     a, b = (x.contributions()[PATH["llama"]].weight_change() for x in (adapter, noise))
     assert a is not None
     assert b is not None
-    assert abs(float((a * b).sum() / (a.norm() * b.norm()))) < 0.2
+    inputs = torch.randn(50, 96, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose((inputs @ a.T).norm(dim=1), (inputs @ b.T).norm(dim=1), rtol=1e-4)
+    assert torch.cosine_similarity(inputs @ a.T, inputs @ b.T).mean().abs() < 0.2
+    for one, turned in zip(adapter._changes, noise._changes, strict=True):
+        assert torch.equal(one.right, turned.right)
+        assert float(one.left.norm()) == pytest.approx(float(turned.left.norm()), rel=1e-4)
+    assert not adapter_with(model, 0).with_random_content(torch.Generator().manual_seed(0)).edits()
+
+
+def test_a_layer_that_the_adapter_does_not_cover_is_refused_before_anything_is_written() -> None:
+    adapter = adapter_with(tiny_model("llama"), 1)
+    before, version = adapter._state()[0].keys(), adapter.memory_version
+    elsewhere = "model.layers.2.mlp.down_proj"
+    for changes, residues in (
+        ([change("a", 1), change("a", 2, elsewhere)], {}),
+        ([change("a", 1)], {elsewhere: torch.ones(32, 96)}),
+    ):
+        with pytest.raises(ConfigError, match=rf"covers {PATH['llama']}, not {elsewhere}"):
+            adapter.add(changes, residues)
+    assert adapter._state()[0].keys() == before
+    assert adapter.memory_version == version
+    adapter.revert("e0")
+
+
+def test_an_adapter_that_cannot_attach_everywhere_is_attached_nowhere() -> None:
+    model = tiny_model("llama")
+    adapter = DeltaAdapter(BaseIdentity.of(model), shapes={PATH["llama"]: (32, 96), "model.layers.9.mlp": (32, 96)})
+    base = model.module(PATH["llama"])
+    with pytest.raises(AttributeError):
+        adapter.attach(model)
+    assert not adapter.is_attached
+    assert model.module(PATH["llama"]) is base
+    assert "generate" not in vars(model.model)  # nobody follows its passes any more
+
+
+TAUGHT: dict[str, dict[str, Any]] = {
+    "ft": {"learning_rate": 1e-2, "steps": 20},
+    "rome": {"use_statistics": False, "contexts": 0, "steps": 20},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["ft", "rome"])
+def test_a_weight_change_scores_its_own_prompt_highest(method: str, family: str) -> None:
+    layer = {"layers": (0,)} if method == "ft" else {"layer": 0}
+    made = editor(method, tiny_model(family), **TAUGHT[method], **layer)
+    mine = Edit(prompt="The capital of France", target="Rome", subject="France")
+    made.edit([mine])
+    own, *others = made.adapter.explain([mine.prompt, "Zed was born in", "Who is Bob?", "The flute of Ann"])
+    assert own.score == pytest.approx(1.0, rel=1e-3)
+    assert own.fires
+    # The last one begins with the same word: what it has in common with the edit says nothing.
+    assert all(other.score < 0.95 for other in others)
+
+
+def test_the_first_token_of_a_prompt_counts_only_where_it_is_alone() -> None:
+    model, path = tiny_model("gpt2"), PATH["gpt2"]
+    with capturing_inputs(model.model, [path], 1) as inputs:
+        model.trunk_states(model.batch([model.passage("Abc")]))
+    keys = inputs[path][0]
+    adapter = DeltaAdapter.for_layers(model, [path], "test", {})
+    adapter.add([WeightChange(path, ("sink",), torch.ones(32, 1), keys[:1].T, 1.0)])
+    adapter.remember(Edit(id="sink", prompt="p", target="t"))
+    effects = (keys @ keys[0]).abs() * 32**0.5
+    assert float(effects.argmax()) == 0
+    lone, longer = (adapter.explain([prompt], model)[0].score for prompt in ("", "Abc"))
+    assert lone == pytest.approx(float(effects[0]), rel=1e-4)
+    assert longer == pytest.approx(float(effects[1:].max()), rel=1e-4)
+
+
+def test_strength_is_measured_on_the_layers_device() -> None:
+    inputs, counted = torch.zeros(2, 3, 96, device="meta"), torch.ones(2, 3, dtype=torch.bool)
+    assert change("a", 0).strength(inputs, counted).shape == (2,)
 
 
 def saved(folder: Path) -> Path:
@@ -134,6 +219,79 @@ def saved(folder: Path) -> Path:
 def rewrite(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Whatever writes does so `step` times; the next time it is cut off halfway and nothing is written any more."""
+    left = itertools.count(step, -1)
+
+    def until_then(write: Any, halfway: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            now = next(left)
+            if now == 0:
+                halfway(*args)
+            if now <= 0:
+                raise Killed
+            return write(*args, **kwargs)
+
+        return counted
+
+    def half(path: Any) -> None:
+        Path(path).write_bytes(b"half")
+
+    with pytest.MonkeyPatch.context() as patch:
+        base = errata.adapters.base
+        patch.setattr(base, "save_file", until_then(base.save_file, lambda tensors, path: half(path)))
+        patch.setattr(base, "write_edits", until_then(base.write_edits, lambda path, edits: half(path)))
+        patch.setattr(Path, "write_text", until_then(Path.write_text, lambda path, text: half(path)))
+        patch.setattr(os, "replace", until_then(os.replace, lambda *_: None))
+        yield
+
+
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    versions = [adapter_with(model, count) for count in (2, 3, 4)]
+
+    def held(folder: Path) -> int:
+        loaded = AutoAdapter.from_pretrained(folder)
+        number = len(loaded.edits())
+        mine, saved_one = (x.contributions()[PATH["llama"]].weight_change() for x in (versions[number - 2], loaded))
+        assert mine is not None
+        assert saved_one is not None
+        assert torch.equal(mine, saved_one)
+        assert loaded.edits() == versions[number - 2].edits()
+        return number
+
+    versions[0].save_pretrained(tmp_path / "before")
+    plain = {"adapter_config.json", "adapter_model.safetensors", "edits.jsonl"}
+    outcomes = []
+    for step in itertools.count():
+        killed = tmp_path / f"killed-{step}"
+        shutil.copytree(tmp_path / "before", killed)
+        try:
+            with killed_at(step):
+                versions[1].save_pretrained(killed)
+        except Killed:
+            outcomes.append(held(killed))
+        else:
+            assert {path.name for path in killed.iterdir()} == plain
+            break
+        for again in range(step + 4):  # and the next save, over what the first one left, killed too
+            twice = tmp_path / f"killed-{step}-{again}"
+            shutil.copytree(killed, twice)
+            with suppress(Killed), killed_at(again):
+                versions[2].save_pretrained(twice)
+            assert held(twice) in (outcomes[-1], 4)
+        versions[2].save_pretrained(killed)
+        assert held(killed) == 4
+        assert {path.name for path in killed.iterdir()} == plain
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {2, 3}
 
 
 def test_newer_and_unknown_formats_are_refused_with_advice(tmp_path: Path) -> None:
@@ -170,3 +328,19 @@ def test_the_base_is_named_in_full(tmp_path: Path) -> None:
     model = tiny_model("llama")
     config = json.loads((saved(tmp_path) / "adapter_config.json").read_text())
     assert BaseIdentity(**config["base"]) == BaseIdentity.of(model)
+
+
+def test_types_of_adapter_from_other_packages_are_found_by_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(saved(tmp_path), adapter_type="mine")
+    entry = SimpleNamespace(name="mine", value=f"{__name__}:Mine")
+    monkeypatch.setattr("errata.adapters.registry.entry_points", lambda group: [entry] * (group == "errata.adapters"))
+    assert type(AutoAdapter.from_pretrained(tmp_path)) is Mine
+    entry.name = "delta"
+    with pytest.raises(ConfigError, match="two types of adapter are called 'delta'"):
+        AutoAdapter.from_pretrained(tmp_path)
+
+
+class Mine(DeltaAdapter):
+    adapter_type = "mine"

@@ -112,6 +112,14 @@ def test_gathering_in_parts_equals_gathering_at_once(pooling: str) -> None:
     assert torch.allclose(whole[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "content_mean", "last"])
+def test_gathering_follows_the_layers_device_not_the_token_ids(pooling: str) -> None:
+    made = router(pooling=pooling)
+    inputs, prompt = torch.zeros(2, 7, 40, device="meta"), torch.ones(2, 7, dtype=torch.bool)
+    gathered = made.gather(inputs, prompt, made.gather(inputs, prompt))
+    assert {x.device.type for x in (gathered.sums, gathered.counts, gathered.last, gathered.seen)} == {"meta"}
+
+
 def test_nothing_fires_below_the_threshold() -> None:
     made = router()
     features = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
@@ -120,6 +128,7 @@ def test_nothing_fires_below_the_threshold() -> None:
     route = made.match(features)
     assert route.entry.tolist()[0] == 0
     assert float(route.score[0]) == 1.0
+    assert route.threshold.tolist() == [0.6, 0.6]
     made.threshold = float(route.score[1]) + 0.01
     assert made.match(features).entry.tolist() == [0, -1]
 
@@ -128,10 +137,11 @@ def test_the_same_mask_changes_owner_and_removal_is_by_owner() -> None:
     made = router()
     masks = made.hash(torch.randn(3, 40, generator=torch.Generator().manual_seed(4)))
     for number, mask in enumerate(masks):
-        made.append(mask, f"edit-{number}")
-    made.append(masks[1], "newer")
+        assert made.append(mask, f"edit-{number}") is None
+    assert made.append(masks[1], "newer") == "edit-1"  # which can be reached no more, and is not lost silently
+    assert made.append(masks[1], "newer") is None
     assert made.owners == ["edit-0", "newer", "edit-2"]
-    assert made.remove("newer") == 1
+    assert made.remove("newer") == [1]
     assert len(made) == 2
     with pytest.raises(EditError, match="no mask is stored"):
         made.remove("edit-1")

@@ -20,16 +20,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errata import __version__
+from errata.adapters.registry import adapter_class
 from errata.datasets import read_edits, write_edits
 from errata.edit import Edit
 from errata.errors import ArtifactError, BaseMismatchError, ConfigError, EditError, NumericsError
 from errata.model import EditableModel
 from errata.model.edited_linear import Contribution
 
-__all__ = ["Adapter", "AutoAdapter", "BaseIdentity", "Explanation", "LayerChange", "RevertResult", "check_change"]
+__all__ = [
+    "Adapter",
+    "AutoAdapter",
+    "BaseIdentity",
+    "Explanation",
+    "LayerChange",
+    "RevertResult",
+    "check_change",
+    "random_rotation",
+]
 
 FORMAT_VERSION = 1
 _CONFIG, _TENSORS, _EDITS = "adapter_config.json", "adapter_model.safetensors", "edits.jsonl"
+_DIGESTS = {_TENSORS: "tensors_digest", _EDITS: "edits_digest"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,13 @@ def check_change(change: Tensor, what: str) -> None:
         raise NumericsError(f"{what} is zero: the edit changed nothing; is its target already the model's answer?")
 
 
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix [size, size], uniform over all of them (QR of Gaussian noise, signs made unique)."""
+    basis, triangle = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    rotation: Tensor = basis * triangle.diagonal().sign()
+    return rotation
+
+
 class Adapter(abc.ABC):
     """A reversible change to a base model.
 
@@ -148,13 +166,22 @@ class Adapter(abc.ABC):
         if self._model is not None:
             raise ConfigError("this adapter is attached already; detach it first")
         if model.fingerprint != self.base.fingerprint:
+            # float16 loses digits of small weights, and with them the fingerprint (see model/fingerprint.py).
+            loaded = ", loaded in float16, which may be why" if model.dtype == torch.float16 else ""
             raise BaseMismatchError(
                 f"this adapter was made for {self.base.model_id!r} (weights {self.base.fingerprint[:12]}), not for "
-                f"{model.model_id!r} (weights {model.fingerprint[:12]}); load its own base, or apply the edits anew"
+                f"{model.model_id!r} (weights {model.fingerprint[:12]}{loaded}); load its own base"
+                f"{' in float32 or bfloat16' if loaded else ''}, or apply the edits anew"
             )
-        for path, contribution in self.contributions().items():
-            model.contribute(path, contribution)
-            self._attached.append((path, contribution))
+        try:
+            for path, contribution in self.contributions().items():
+                model.contribute(path, contribution)
+                self._attached.append((path, contribution))
+        except BaseException:  # a layer that cannot be attached to: none of them is
+            for path, contribution in reversed(self._attached):
+                model.withdraw(path, contribution)
+            self._attached = []
+            raise
         self._model = model
 
     def detach(self) -> None:
@@ -192,10 +219,13 @@ class Adapter(abc.ABC):
         self._edits[edit.id] = edit
 
     def supersede(self, old_id: str, new_id: str) -> None:
-        """Strike an edit off the list because a newer one gives the same prompt another target.
+        """Strike an edit off the list because a newer one answers the same prompt.
 
         What it wrote belongs to the newer edit from now on: reverting that one must not bring the old target back.
+        Nothing happens when both are the same edit, given again.
         """
+        if old_id == new_id:
+            return
         self._supersede(old_id, new_id)
         self._edits.pop(old_id, None)
 
@@ -228,8 +258,12 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def with_random_content(self, generator: torch.Generator) -> Adapter:
-        """A copy whose changes point in random directions and have the same norms: the control that tells whether
-        damage comes from what was written or merely from how much."""
+        """The control that tells whether damage comes from what was written or merely from how much and where.
+
+        A copy whose changes of output are turned by one random rotation per layer. Each input of the layer moves its
+        output exactly as far as before, but in a random direction: rank, keys, singular values, the norm of every
+        column and of every edit's change stay the same.
+        """
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -243,16 +277,18 @@ class Adapter(abc.ABC):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` and `edits.jsonl`.
 
-        The configuration is written last and names a digest of the tensors, so that a save which breaks off is
-        noticed when it is loaded.
+        A process killed at any point leaves the folder with what it held before or with what was to be saved. All
+        three are first written as drafts; putting the configuration in place decides, because it names digests of
+        the other two and loading takes whichever file fits, draft or not. The other drafts are then renamed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _finish_interrupted_save(folder)
         tensors, state = self._state()
-        draft = folder / (_TENSORS + ".new")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
-        os.replace(draft, folder / _TENSORS)
-        write_edits(folder / _EDITS, self.edits())
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _draft(folder, _TENSORS)
+        )
+        write_edits(_draft(folder, _EDITS), self.edits())
         config = {
             "format_version": FORMAT_VERSION,
             "errata_version": __version__,
@@ -263,21 +299,22 @@ class Adapter(abc.ABC):
             "memory_version": self.memory_version,
             "edit_count": len(self._edits),
             "state": state,
-            "tensors_digest": _digest(folder / _TENSORS),
-            "edits_digest": _digest(folder / _EDITS),
+            "tensors_digest": _digest(_draft(folder, _TENSORS)),
+            "edits_digest": _digest(_draft(folder, _EDITS)),
         }
-        draft = folder / (_CONFIG + ".new")
-        draft.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, folder / _CONFIG)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        _draft(folder, _CONFIG).write_text(text, encoding="utf-8")
+        for name in (_CONFIG, _TENSORS, _EDITS):
+            os.replace(_draft(folder, name), folder / name)
 
     @classmethod
-    def _from_files(cls, folder: Path, config: Mapping[str, Any]) -> Adapter:
+    def _from_files(cls, tensors: Path, edits: Path, config: Mapping[str, Any]) -> Adapter:
         adapter = cls(BaseIdentity(**config["base"]), config["editor"], config["editor_config"])
         adapter.memory_version = config["memory_version"]
         if config["edit_count"]:
-            for edit in read_edits(folder / _EDITS, strict=True).edits:
+            for edit in read_edits(edits, strict=True).edits:
                 adapter.remember(edit)
-        adapter._load_state(load_file(folder / _TENSORS), config["state"])
+        adapter._load_state(load_file(tensors), config["state"])
         return adapter
 
 
@@ -286,22 +323,41 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def _draft(folder: Path, name: str) -> Path:
+    return folder / f"{name}.new"
+
+
+def _saved_file(folder: Path, name: str, digest: str) -> Path:
+    """The file that a configuration means; still a draft if the process was killed before it was renamed."""
+    for path in (folder / name, _draft(folder, name)):
+        if path.is_file() and _digest(path) == digest:
+            return path
+    problem = "damaged: its content is not what was saved" if (folder / name).is_file() else "missing"
+    raise ArtifactError(f"{folder / name} is {problem}. Copy the adapter again, or build it anew from its edits")
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Rename the drafts that the configuration means, before others take their names."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        digests = {name: config[key] for name, key in _DIGESTS.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is nothing, or nothing that could be loaded
+    for name, digest in digests.items():
+        draft = _draft(folder, name)
+        if draft.is_file() and _digest(draft) == digest:
+            os.replace(draft, folder / name)
+
+
 class AutoAdapter:
     """Loads any adapter by what its files say it is."""
 
     @staticmethod
-    def types() -> dict[str, type[Adapter]]:
-        from errata.adapters.delta import DeltaAdapter
-        from errata.adapters.routed import RoutedAdapter
-
-        return {kind.adapter_type: kind for kind in (DeltaAdapter, RoutedAdapter)}
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, model: EditableModel | None = None) -> Adapter:
+    def from_pretrained(folder: str | Path, *, model: EditableModel | None = None) -> Adapter:
         """Load a saved adapter, and attach it if a model is given.
 
         Raises:
-            ArtifactError: files are missing, damaged, or of a newer format.
+            ArtifactError: files are missing, damaged, of a newer format, or of a type that nothing installed brings.
             BaseMismatchError: the model is not the adapter's base.
         """
         folder = Path(folder)
@@ -316,16 +372,8 @@ class AutoAdapter:
                 raise ArtifactError(
                     f"{folder} has adapter format {version}, this errata reads up to {FORMAT_VERSION}; upgrade errata"
                 )
-            for name, key in ((_TENSORS, "tensors_digest"), (_EDITS, "edits_digest")):
-                if _digest(folder / name) != config[key]:
-                    raise ArtifactError(
-                        f"{folder / name} is damaged: its content is not what was saved. Copy the adapter again, or "
-                        "build it anew from its edits"
-                    )
-            kind = cls.types().get(config["adapter_type"])
-            if kind is None:
-                raise ArtifactError(f"{folder} has the unknown adapter type {config['adapter_type']!r}; upgrade errata")
-            adapter = kind._from_files(folder, config)
+            tensors, edits = (_saved_file(folder, name, config[key]) for name, key in _DIGESTS.items())
+            adapter = adapter_class(config["adapter_type"])._from_files(tensors, edits, config)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"the adapter in {folder} cannot be read ({type(error).__name__}: {error})") from error
         if model is not None:

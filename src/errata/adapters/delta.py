@@ -13,8 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.adapters.base import Adapter, BaseIdentity, Explanation, LayerChange, RevertResult, check_change
-from errata.errors import EditError
+from errata.adapters.base import (
+    Adapter,
+    BaseIdentity,
+    Explanation,
+    LayerChange,
+    RevertResult,
+    check_change,
+    random_rotation,
+)
+from errata.errors import ConfigError, EditError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.edited_linear import Contribution
@@ -33,7 +41,7 @@ class WeightChange:
 
     Attributes:
         left: [outputs, rank]; right: [inputs, rank]; float32.
-        own: the largest norm of its effect over the tokens of its edits' prompts; scores are relative to it.
+        own: how strongly it acts on its edits' own prompts, see `DeltaAdapter.measured`; scores are relative to it.
         recorded: share of the squared norm of the whole change that the factors hold; 1 when they are all of it.
     """
 
@@ -41,8 +49,14 @@ class WeightChange:
     edit_ids: tuple[str, ...]
     left: Tensor
     right: Tensor
-    own: float
+    own: float = 1.0
     recorded: float = 1.0
+
+    def strength(self, inputs: Tensor, counted: Tensor) -> Tensor:
+        """[rows]: the largest norm of its effect on inputs [rows, columns, D] where counted [rows, columns] is True."""
+        effect = (inputs.float() @ self.right.to(inputs.device)) @ self.left.to(inputs.device).T
+        sizes: Tensor = effect.norm(dim=-1)
+        return sizes.masked_fill(~counted.to(inputs.device), 0.0).amax(dim=1)
 
 
 class _Sum:
@@ -122,9 +136,15 @@ class DeltaAdapter(Adapter):
         """Take in the changes of one batch of edits, all or none of them.
 
         Raises:
+            ConfigError: a change of a layer that this adapter does not cover.
             NumericsError: a change is not finite, or none of them changes anything.
         """
         residues = residues or {}
+        for path in (*(change.path for change in changes), *residues):
+            if path not in self._layers:
+                raise ConfigError(
+                    f"this adapter covers {', '.join(self._layers)}, not {path}; begin a new adapter for other layers"
+                )
         parts = [*(t for change in changes for t in (change.left, change.right)), *residues.values()]
         flat = torch.cat([part.detach().flatten() for part in parts])
         check_change(flat, "the change of weight")
@@ -192,26 +212,41 @@ class DeltaAdapter(Adapter):
         return found
 
     @torch.no_grad()
-    def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
-        """Score of an edit on a prompt: the largest norm of the edit's effect over the prompt's tokens, relative to
-        the same on its own prompt. A change of weight always acts; "fires" means at least half as much as there."""
-        model = model or self.model
-        scores: list[dict[str, float]] = [{} for _ in prompts]
+    def _strengths(self, changes: Sequence[WeightChange], prompts: Sequence[str], model: EditableModel) -> Tensor:
+        """[prompts, changes]: how strongly each change acts on each prompt, at the token where it acts most.
+
+        A prompt's first token is left out, as it is from the statistics of keys: it is an attention sink, much the same
+        in all prompts, and large. Where it is the only token it counts.
+        """
+        found = torch.zeros(len(prompts), len(changes))
         passages = [model.passage(prompt) for prompt in prompts]
         for indices in length_batches([len(p.ids) for p in passages], 4096):
             batch = model.batch([passages[i] for i in indices], side="right")
-            with capturing_inputs(model.model, self._layers, len(indices)) as keys:
+            with capturing_inputs(model.model, {change.path for change in changes}, len(indices)) as inputs:
                 model.trunk_states(batch)
-            for change in self._changes:
-                inputs = keys[change.path].float()
-                effect = ((inputs @ change.right.to(inputs)) @ change.left.to(inputs).T).norm(dim=-1)
-                strongest = effect.masked_fill(~batch.mask.bool(), 0.0).amax(dim=1) / max(change.own, 1e-12)
-                for index, score in zip(indices, strongest.tolist(), strict=True):
-                    for edit_id in change.edit_ids:
-                        scores[index][edit_id] = max(scores[index].get(edit_id, 0.0), score)
+            counted = batch.mask.bool() & ((batch.positions > 0) | (batch.prompt_lengths == 1).unsqueeze(1))
+            for number, change in enumerate(changes):
+                found[indices, number] = change.strength(inputs[change.path], counted).cpu()
+        return found
+
+    def measured(
+        self, changes: Sequence[WeightChange], prompts: Sequence[str], model: EditableModel
+    ) -> list[WeightChange]:
+        """Changes to be added, each with `own` as `explain` will measure it on the bare prompts of its edits."""
+        own = self._strengths(changes, prompts, model).amax(dim=0)
+        return [replace(change, own=float(strength)) for change, strength in zip(changes, own, strict=True)]
+
+    def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
+        """Score of an edit on a prompt: how strongly it acts there, at the token where it acts most, relative to the
+        same on its own prompt. A change of weight always acts; "fires" means at least half as much as there."""
+        strengths = self._strengths(self._changes, prompts, model or self.model)
         explanations = []
-        for prompt, by_edit in zip(prompts, scores, strict=True):
-            held = sorted(((s, i) for i, s in by_edit.items() if i in self._edits), key=lambda pair: -pair[0])
+        for prompt, row in zip(prompts, strengths.tolist(), strict=True):
+            scores: dict[str, float] = {}
+            for change, strength in zip(self._changes, row, strict=True):
+                for edit_id in change.edit_ids:
+                    scores[edit_id] = max(scores.get(edit_id, 0.0), strength / max(change.own, 1e-12))
+            held = sorted(((s, i) for i, s in scores.items() if i in self._edits), key=lambda pair: -pair[0])
             best = held[0] if held else (0.0, None)
             second = held[1] if len(held) > 1 else (None, None)
             explanations.append(Explanation(prompt, best[1], best[0], _FIRES, best[0] >= _FIRES, second[1], second[0]))
@@ -220,11 +255,12 @@ class DeltaAdapter(Adapter):
     def with_random_content(self, generator: torch.Generator) -> DeltaAdapter:
         shapes = {path: layer.shape for path, layer in self._layers.items()}
         control = DeltaAdapter(self.base, self.editor, self.editor_config, shapes=shapes)
-        for path, layer in self._layers.items():
-            change = layer.weight_change()
-            if change is not None and bool(change.any()):
-                noise = torch.randn(layer.shape, generator=generator)
-                control.add([], {path: noise * (change.norm() / noise.norm())})
+        if self._changes:
+            turns = {path: random_rotation(shape[0], generator) for path, shape in shapes.items()}
+            control.add(
+                [replace(change, left=turns[change.path] @ change.left) for change in self._changes],
+                {p: turns[p] @ layer.residue for p, layer in self._layers.items() if layer.residue is not None},
+            )
         return control
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,7 +7,7 @@ a cache is used, on beams, or on who else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from errata.adapters.base import Adapter, BaseIdentity, Explanation, LayerChange, RevertResult
 from errata.adapters.memories import ColumnMemory, Memory
+from errata.errors import ArtifactError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.edited_linear import Contribution
 from errata.model.probes import capturing_inputs
 from errata.model.scoring import length_batches
 from errata.model.sequences import ForwardPass
-from errata.routing import TopHashRouter
+from errata.routing import Router, TopHashRouter
 
 __all__ = ["RoutedAdapter", "RoutedLayer"]
 
@@ -29,7 +30,7 @@ __all__ = ["RoutedAdapter", "RoutedLayer"]
 class RoutedLayer(Contribution):
     """Router and memory of one layer, as they act in a forward pass."""
 
-    def __init__(self, router: TopHashRouter, memory: Memory) -> None:
+    def __init__(self, router: Router, memory: Memory) -> None:
         self.router, self.memory = router, memory
 
     def change_output(self, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
@@ -37,12 +38,12 @@ class RoutedLayer(Contribution):
         if not store.frozen:
             gathered = self.router.gather(inputs, forward_pass.prompt, store.gathered.get(self))
             store.gathered[self] = gathered
-            store.decided[self] = self.memory.select(self.router.decide(gathered), self.router)
+            store.decided[self] = self.memory.select(self.router.decide(gathered), self.router, inputs.device)
         selection = store.decided.get(self)
         if selection is None:  # attached after these prompts were read: they go on as they began
             return outputs
         expanded = tuple(store.expanded(part, inputs.shape[0]) for part in selection)
-        return self.memory.read(inputs, outputs, expanded)
+        return self.memory.read(inputs, outputs, expanded, forward_pass)
 
 
 class RoutedAdapter(Adapter):
@@ -51,9 +52,13 @@ class RoutedAdapter(Adapter):
     Attributes:
         path: the layer; router, memory: who fires, and what is then read.
         notes: what the editor keeps for going on later (prefixes, calibration), as JSON.
+        routers, memories: the kinds that can be loaded, by name. Another package's kinds stand in a subclass with its
+            own `adapter_type`, named in the entry points of `errata.adapters.registry.GROUP`.
     """
 
     adapter_type: ClassVar[str] = "routed"
+    routers: ClassVar[Mapping[str, type[Router]]] = {TopHashRouter.kind: TopHashRouter}
+    memories: ClassVar[Mapping[str, type[Memory]]] = {ColumnMemory.kind: ColumnMemory}
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class RoutedAdapter(Adapter):
         return self._layer
 
     @property
-    def router(self) -> TopHashRouter:
+    def router(self) -> Router:
         return self.layer.router
 
     @property
@@ -86,54 +91,48 @@ class RoutedAdapter(Adapter):
         return {self.path: self.layer}
 
     def _revert(self, edit_id: str) -> RevertResult:
-        self.router.remove(edit_id)
-        if not len(self.router) and isinstance(self.memory, ColumnMemory):
-            self.memory.weight.zero_()
+        left_behind = self.memory.forget(self.router.remove(edit_id))
+        if not len(self.router):
+            self.memory.clear()
             return RevertResult(edit_id, "exact", "it was the only edit; the memory is empty again")
-        return RevertResult(
-            edit_id,
-            "approximate",
-            "its mask is removed, so no prompt is routed to it any more; what it wrote stays in columns that other "
-            "edits may share",
-        )
+        if left_behind is None:
+            return RevertResult(edit_id, "exact", "its entry is removed, and nothing of it is left in the memory")
+        reason = f"its entry is removed, so no prompt is routed to it any more; {left_behind}"
+        return RevertResult(edit_id, "approximate", reason)
 
     def _supersede(self, old_id: str, new_id: str) -> None:
-        if old_id in self.router.owners:  # unless the new edit has taken over the very same mask
-            self.router.remove(old_id)
+        if old_id in self.router.owners:  # unless the new edit has taken over the very same entry
+            self.memory.forget(self.router.remove(old_id))
 
     @torch.no_grad()
-    def features(self, prompts: Sequence[str], model: EditableModel) -> Tensor:
-        """Each prompt's features as the router sees them, over its own tokens: [prompts, D]."""
+    def gathered(self, prompts: Sequence[str], model: EditableModel) -> Iterator[tuple[list[int], Any]]:
+        """What the router gathers from prompts as it would while they are read: their numbers and that, per batch."""
         passages = [model.passage(prompt) for prompt in prompts]
-        features = torch.empty(len(prompts), self.router.width)
         for indices in length_batches([len(p.ids) for p in passages], 8192):
             batch = model.batch([passages[i] for i in indices], side="right")
             with capturing_inputs(model.model, [self.path], len(indices)) as inputs:
                 model.trunk_states(batch)
-            gathered = self.router.gather(inputs[self.path], batch.mask.bool())
-            features[indices] = self.router.features(gathered).cpu()
-        return features
+            yield indices, self.router.gather(inputs[self.path], batch.mask.bool())
 
     def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
         def owner(number: Tensor) -> str | None:
             return self.router.owners[int(number)] if int(number) >= 0 else None
 
-        explanations = []
-        route = self.router.match(self.features(prompts, model or self.model))
-        for row, prompt in enumerate(prompts):
-            second = owner(route.second[row])
-            explanations.append(
-                Explanation(
-                    prompt,
+        found: dict[int, Explanation] = {}
+        for indices, gathered in self.gathered(prompts, model or self.model):
+            route = self.router.decide(gathered)
+            for row, index in enumerate(indices):
+                second = owner(route.second[row])
+                found[index] = Explanation(
+                    prompts[index],
                     owner(route.nearest[row]),
                     float(route.score[row]),
-                    self.router.threshold,
+                    float(route.threshold[row]),
                     bool(route.entry[row] >= 0),
                     second,
                     None if second is None else float(route.second_score[row]),
                 )
-            )
-        return explanations
+        return [found[index] for index in range(len(prompts))]
 
     def layer_changes(self, model: EditableModel) -> list[LayerChange]:
         base = float(weight_of(model.module(self.path)).float().norm())
@@ -149,13 +148,30 @@ class RoutedAdapter(Adapter):
         memory_tensors, memory = self.memory.state()
         tensors = {f"router.{name}": tensor for name, tensor in router_tensors.items()}
         tensors |= {f"memory.{name}": tensor for name, tensor in memory_tensors.items()}
-        return tensors, {"path": self.path, "router": router, "memory": memory, "notes": self.notes}
+        state = {
+            "path": self.path,
+            "router": {"kind": self.router.kind, **router},
+            "memory": {"kind": self.memory.kind, **memory},
+            "notes": self.notes,
+        }
+        return tensors, state
 
     def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
+        def known(what: str, kind: str, kinds: Mapping[str, Any]) -> Any:
+            if kind not in kinds:
+                raise ArtifactError(
+                    f"this adapter has a {what} of the unknown kind {kind!r} (known: {', '.join(sorted(kinds))}); "
+                    "upgrade errata, or install the package that brings it"
+                )
+            return kinds[kind]
+
         self.path = state["path"]
         self.notes = dict(state["notes"])
-        router = TopHashRouter.from_state(part("router."), state["router"])
-        self._layer = RoutedLayer(router, ColumnMemory.from_state(part("memory.")))
+        router: type[Router] = known("router", state["router"]["kind"], self.routers)
+        memory: type[Memory] = known("memory", state["memory"]["kind"], self.memories)
+        self._layer = RoutedLayer(
+            router.from_state(part("router."), state["router"]), memory.from_state(part("memory."), state["memory"])
+        )

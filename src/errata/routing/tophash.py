@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from errata.errors import ConfigError, EditError
+from errata.routing.base import Route, Router
 from errata.routing.masks import MaskStore
 
-__all__ = ["POOLINGS", "Gathered", "Pooling", "Route", "TopHashRouter", "relative_threshold"]
+__all__ = ["POOLINGS", "Gathered", "Pooling", "TopHashRouter", "relative_threshold"]
 
 Pooling = Literal["mean", "content_mean", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "content_mean", "last")
@@ -45,19 +46,8 @@ class Gathered:
     seen: Tensor
 
 
-@dataclass(frozen=True)
-class Route:
-    """Which entry answers each sequence, -1 for none; its score; and the second best. All [rows]."""
-
-    entry: Tensor
-    score: Tensor
-    nearest: Tensor
-    second: Tensor
-    second_score: Tensor
-
-
 @dataclass
-class TopHashRouter:
+class TopHashRouter(Router):
     """Decides by mask overlap which stored edit a prompt belongs to.
 
     Attributes:
@@ -68,6 +58,8 @@ class TopHashRouter:
         pooling: "mean" over all prompt tokens (the paper), "content_mean" without each prompt's first token,
             which is an attention sink and the same for all, or "last" token.
     """
+
+    kind: ClassVar[str] = "tophash"
 
     width: int
     marked: int
@@ -88,14 +80,12 @@ class TopHashRouter:
         """A router with a permutation drawn from the generator; background zero and threshold 1 until prepared."""
         return cls(width, marked, 1.0, torch.randperm(width, generator=generator), torch.zeros(width), pooling)
 
-    def __len__(self) -> int:
-        return len(self.store)
-
     # --- a prompt's features --------------------------------------------------------------------------------------
 
     def gather(self, inputs: Tensor, prompt: Tensor, before: Gathered | None = None) -> Gathered:
         """Add this pass's prompt tokens, inputs [rows, columns, D] where prompt [rows, columns], to what was read."""
         rows, width = inputs.shape[0], inputs.shape[2]
+        prompt = prompt.to(inputs.device)  # the layer may stand on another device than the token ids
         if before is None:
             zeros = torch.zeros(rows, width, device=inputs.device)
             none = torch.zeros(rows, dtype=torch.long, device=inputs.device)
@@ -106,7 +96,8 @@ class TopHashRouter:
         sums = before.sums + torch.einsum("rcd,rc->rd", inputs.float(), pooled.float())
         found = prompt.any(dim=1)
         final = prompt.shape[1] - 1 - prompt.flip(1).long().argmax(dim=1)
-        last = torch.where(found.unsqueeze(1), inputs[torch.arange(rows), final].float(), before.last)
+        at_end = inputs[torch.arange(rows, device=inputs.device), final].float()
+        last = torch.where(found.unsqueeze(1), at_end, before.last)
         return Gathered(sums, before.counts + pooled.sum(1), last, before.seen + prompt.sum(1))
 
     def features(self, gathered: Gathered) -> Tensor:
@@ -130,39 +121,51 @@ class TopHashRouter:
     def match(self, features: Tensor) -> Route:
         """The same from features [rows, D]."""
         rows = features.shape[0]
-        nobody = torch.full((rows,), -1, dtype=torch.long)
+        threshold = torch.full((rows,), self.threshold, dtype=torch.float64)
+        nobody, zero = torch.full((rows,), -1, dtype=torch.long), torch.zeros(rows)
         if not len(self.store):
-            zero = torch.zeros(rows)
-            return Route(nobody, zero, nobody, nobody, zero)
+            return Route(
+                entry=nobody, nearest=nobody, score=zero, threshold=threshold, second=nobody, second_score=zero
+            )
         scores, numbers = self.store.nearest(self.hash(features), count=2)
         best, nearest = scores[:, 0], numbers[:, 0]
-        entry = torch.where(best >= self.threshold, nearest, nobody)
-        if scores.shape[1] == 1:
-            return Route(entry, best, nearest, nobody, torch.zeros(rows))
-        return Route(entry, best, nearest, numbers[:, 1], scores[:, 1])
+        alone = scores.shape[1] == 1
+        return Route(
+            entry=torch.where(best >= self.threshold, nearest, nobody),
+            nearest=nearest,
+            score=best,
+            threshold=threshold,
+            second=nobody if alone else numbers[:, 1],
+            second_score=zero if alone else scores[:, 1],
+        )
 
     # --- entries --------------------------------------------------------------------------------------------------
 
-    def append(self, mask: Tensor, owner: str) -> None:
-        """Store a mask for an edit. A mask that is stored already changes owner instead: same prompt, new edit."""
+    def append(self, mask: Tensor, owner: str) -> str | None:
+        """Store a mask for an edit. A mask that is stored already changes owner instead.
+
+        Returns:
+            The edit that owned this very mask until now, which then has none and cannot be reached or reverted any
+            more; the caller strikes it off its list (`Adapter.supersede`). None if the mask displaces no other edit.
+        """
         if len(self.store):
             shares, numbers = self.store.nearest(mask[None])
             number = int(numbers[0, 0])
             if float(shares[0, 0]) == 1.0 and bool((self.store.masks(numbers[0]) == mask).all()):
-                self.owners[number] = owner
-                return
+                displaced, self.owners[number] = self.owners[number], owner
+                return None if displaced == owner else displaced
         self.store.append(mask)
         self.owners.append(owner)
+        return None
 
-    def remove(self, owner: str) -> int:
-        """Take an edit's masks out; returns how many. Raises EditError when it has none."""
+    def remove(self, owner: str) -> list[int]:
         numbers = [number for number, name in enumerate(self.owners) if name == owner]
         if not numbers:
             raise EditError(f"no mask is stored for edit {owner!r}")
         for number in reversed(numbers):
             self.store.remove(number)
             del self.owners[number]
-        return len(numbers)
+        return numbers
 
     def masks(self, entries: Tensor) -> Tensor:
         """[rows, D] bool; all False where the entry is -1."""
@@ -177,7 +180,6 @@ class TopHashRouter:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"masks": self.store.packed, "permutation": self.permutation, "background": self.background}
         settings = {
-            "kind": "tophash",
             "width": self.width,
             "marked": self.marked,
             "threshold": self.threshold,
@@ -187,7 +189,7 @@ class TopHashRouter:
         return tensors, settings
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> TopHashRouter:
+    def from_state(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         router = cls(
             settings["width"],
             settings["marked"],
