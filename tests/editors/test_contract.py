@@ -20,8 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ft": {"learning_rate": 1e-2, "steps": 60},
     "rome": {
         "tokens_per_width": 4.0,
-        "learning_rate": 0.1,
-        "steps": 250,
+        "learning_rate": 0.3,
+        "steps": 80,
         "clamp": 200.0,
         "contexts": 0,
         "kl_factor": 0.0,

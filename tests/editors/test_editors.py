@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +16,24 @@ import torch
 from errata.adapters import ColumnMemory, DeltaAdapter, RoutedAdapter
 from errata.edit import Edit
 from errata.editors import editor_class, editor_names
+from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.ft import FineTune, FineTuneConfig, _low_rank
-from errata.editors.memoir import Memoir, MemoirConfig, calibrate_threshold
+from errata.editors.memoir import Memoir, MemoirConfig, _Questions, calibrate_threshold
 from errata.editors.registry import GROUP
 from errata.editors.rome import Rome, RomeConfig
 from errata.editors.values import ValueSettings, find_target_value
-from errata.errors import ConfigError, SpanError
+from errata.errors import BaseMismatchError, ConfigError, EditError, SpanError
+from errata.model import EditableModel
 from errata.model.anatomy import weight_of
+from errata.model.probes import adding
+from errata.progress import Progress
 from errata.routing import TopHashRouter
 from errata.testing import tiny_model
 
 EDIT = Edit(prompt="The capital of France", target="Rome", subject="France")
+REVISED = Edit(prompt="The capital  of France", target="Berlin", subject="France")
+ANOTHER = Edit(prompt="Bob wrote Hamlet", target="Alice", subject="Hamlet")
+FT: dict[str, Any] = {"learning_rate": 1e-2, "steps": 60}
 MEMOIR: dict[str, Any] = {"steps": 40, "learning_rate": 3.0, "contexts": 2}
 ROME: dict[str, Any] = {"tokens_per_width": 4.0, "steps": 40, "clamp": 40.0, "contexts": 0, "kl_factor": 0.0}
 
@@ -80,7 +91,16 @@ def test_configurations_reject_what_they_do_not_know(config: Any) -> None:
     [
         (RomeConfig, {"variant": "romantic"}, "r-rome"),
         (RomeConfig, {"contexts": 21}, "between 0 and 20"),
-        (MemoirConfig, {"decay": "often"}, "active, reference or none"),
+        (MemoirConfig, {"decay": "often"}, "setting decay is 'often'; expected 'active' or 'reference' or 'none'"),
+        (MemoirConfig, {"pooling": "first"}, "'mean' or 'content_mean' or 'last' or 'auto'"),
+        (RomeConfig, {"steps": "abc"}, "setting steps is 'abc'; expected a whole number"),
+        (RomeConfig, {"steps": 2.5}, "setting steps is 2.5; expected a whole number"),
+        (MemoirConfig, {"marked": True}, "setting marked is True; expected a whole number"),
+        (MemoirConfig, {"threshold": "high"}, "setting threshold is 'high'; expected a number or null"),
+        (FineTuneConfig, {"layers": 2}, "setting layers is 2; expected a list of which each is a whole number"),
+        (FineTuneConfig, {"layers": (0, "1")}, "setting layers"),
+        (FineTuneConfig, {"full_forward": 1}, "setting full_forward is 1; expected true or false"),
+        (RomeConfig, {"corpus": 3}, "setting corpus is 3; expected text or null"),
         (MemoirConfig, {"threshold": 0.4, "relative_threshold": 0.2}, "not both"),
         (FineTuneConfig, {"learning_rate": 0.0}, "positive learning rate"),
     ],
@@ -88,6 +108,13 @@ def test_configurations_reject_what_they_do_not_know(config: Any) -> None:
 def test_values_that_make_no_sense_are_refused(config: Any, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config(**settings)
+
+
+def test_values_that_fit_are_taken_as_they_are_meant() -> None:
+    config = FineTuneConfig(layers=[1, 2], learning_rate=1, clamp=None)  # type: ignore[arg-type]
+    assert config.layers == (1, 2)
+    assert config.learning_rate == 1.0
+    assert RomeConfig(corpus="texts.txt").corpus == "texts.txt"
 
 
 def test_the_registry_offers_the_nearest_name() -> None:
@@ -110,18 +137,22 @@ def test_other_packages_can_add_methods(monkeypatch: pytest.MonkeyPatch) -> None
         list(editor_names())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_rome_makes_the_averaged_key_give_the_wanted_value(family: str) -> None:
+@pytest.mark.parametrize(("family", "contexts"), [("llama", 0), ("llama", 3), ("gpt2", 3), ("opt", 0)])
+def test_rome_makes_the_averaged_key_give_the_wanted_value(family: str, contexts: int) -> None:
     model = tiny_model(family)
-    editor = Rome(model, **ROME)
+    editor = Rome(model, **{**ROME, "contexts": contexts})
     editor.prepare()
     layer, path = editor._layer, editor._path
+    assert isinstance(editor.adapter, DeltaAdapter)
+    texts = editor.adapter.notes["contexts"][:contexts]
     value = find_target_value(
-        model, layer, EDIT, (), ValueSettings(steps=40, weight_decay=1e-3, clamp=40.0, kl_factor=0.0)
+        model, layer, EDIT, texts, ValueSettings(steps=40, weight_decay=1e-3, clamp=40.0, kl_factor=0.0)
     )
     editor.edit([EDIT])
     key = value.keys.mean(0)
-    assert isinstance(editor.adapter, DeltaAdapter)
+    assert len(value.keys) == contexts + 1
+    if contexts:
+        assert float((value.keys - key).norm(dim=1).min()) > 0.1 * float(key.norm())
     change = editor.adapter.contributions()[path].weight_change()
     assert change is not None
     wanted = value.initial + value.delta
@@ -171,6 +202,37 @@ def test_the_search_for_a_value_stays_inside_its_ball() -> None:
     value = find_target_value(tiny_model("llama"), 1, EDIT, (), ValueSettings(steps=30, clamp=0.5))
     assert float(value.delta.norm()) <= 0.5 * float(value.initial.norm()) * 1.001
     assert value.steps == 29
+
+
+def test_the_search_for_a_value_minimises_what_it_says() -> None:
+    """The loss at the δ that is returned, written out from whole forward passes: likelihood, drift, decay."""
+    model, layer, contexts = tiny_model("llama"), 1, ("Ann is. ", "The flute plays")
+    settings = ValueSettings(steps=6, learning_rate=0.2, weight_decay=0.3, clamp=40.0, kl_factor=2.0, stop_loss=0.0)
+    value = find_target_value(model, layer, EDIT, contexts, settings)
+    assert EDIT.subject is not None
+
+    def log_probs(prompt: str, answer: str, delta: torch.Tensor | None) -> torch.Tensor:
+        batch = model.batch([model.passage(prompt, answer)])
+        place = model.subject_span(prompt, EDIT.subject or "").last
+        added = torch.zeros(batch.ids.shape[1], 32)
+        if delta is not None:
+            added[place] = delta
+        with torch.no_grad(), adding(model.model, {model.anatomy.mlp_output[layer]: lambda _: added[None]}, 1):
+            return model.forward(batch).logits[0].float().log_softmax(-1)
+
+    likely = []
+    for prompt in (EDIT.prompt, *(f"{text} {EDIT.prompt}" for text in contexts)):
+        passage = model.passage(prompt, EDIT.target)
+        found = log_probs(prompt, EDIT.target, value.delta)
+        first = len(passage.prompt) - 1
+        likely.append(-torch.stack([found[first + t, token] for t, token in enumerate(passage.answer)]).mean())
+    essence = f"{EDIT.subject} is a"
+    place = model.subject_span(essence, EDIT.subject).last
+    now, before = log_probs(essence, "", value.delta)[place], log_probs(essence, "", None)[place]
+    drift = (now.exp() * (now - before)).sum()
+    decay = 0.3 * value.delta.norm() / value.initial.norm() ** 2
+    assert float(drift) > 1e-3
+    assert value.loss == pytest.approx(float(torch.stack(likely).mean() + 2.0 * drift + decay), rel=1e-4)
 
 
 def test_low_rank_factors_are_the_best_there_are() -> None:
@@ -236,6 +298,90 @@ def test_only_the_references_decay_fades_older_edits(decay: str, fades: bool) ->
     assert same is not fades
 
 
+def test_one_step_of_memoir_is_no_longer_than_its_clipped_gradient() -> None:
+    for clip in (1e-3, 1e-2):
+        _, _, memory = memoir_adapter(steps=1, learning_rate=0.5, clip_norm=clip, decay="none", contexts=0)
+        assert float(memory.weight.norm()) == pytest.approx(0.5 * clip, rel=1e-3)
+
+
+def test_a_refused_edit_leaves_memoirs_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor, adapter, memory = memoir_adapter(decay="reference", weight_decay=1e-2)
+    before, masks, version = memory.weight.clone(), len(adapter.router), adapter.memory_version
+
+    def nothing(tail: Any, recording: Any, columns: Any, start: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return start, 5
+
+    monkeypatch.setattr(editor, "_train", nothing)
+    outcome = editor.edit([ANOTHER])
+    assert [refused.edit_id for refused in outcome.refused] == [ANOTHER.id]
+    assert torch.equal(memory.weight, before)
+    assert (len(adapter.router), adapter.memory_version) == (masks, version)
+    assert adapter.edits() == [EDIT]
+
+
+def counting_rows(model: EditableModel) -> list[int]:
+    """Rows of every pass through the trunk from now on."""
+    rows: list[int] = []
+    model.module(model.anatomy.trunk).register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_memoir_prepares_once_for_all_poolings_and_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    first = Memoir(tiny_model("llama"), **MEMOIR)
+    rows = counting_rows(first.model)
+    first.prepare()
+    assert first.config.pooling == "auto"
+    questions = 100 + 200 * (1 + 3 + 3)
+    assert sum(rows) <= questions + sum(5 + 10 for _ in range(5))
+    (kept,) = (tmp_path / "memoir").iterdir()
+    assert kept.suffix == ".safetensors"
+
+    again = Memoir(tiny_model("llama"), **MEMOIR)
+    rows = counting_rows(again.model)
+    again.prepare()
+    assert rows == []
+    assert_prepared_alike(first, again)
+
+    others = ({"seed": 1}, {"layer": 1}, {"marked": 20}, {"background": 7}, {"threshold": 0.4}, {"pooling": "last"})
+    editors = [first, *(Memoir(first.model, **{**MEMOIR, **other}) for other in others)]
+    assert len({editor._digest(_Questions.ask(editor.model, editor.config)) for editor in editors}) == 7
+
+    kept.write_bytes(b"damaged")
+    made_again = Memoir(tiny_model("llama"), **MEMOIR)
+    made_again.prepare()
+    assert_prepared_alike(first, made_again)
+
+
+def assert_prepared_alike(one: Memoir, other: Memoir) -> None:
+    first, second = one._router, other._router
+    assert torch.equal(first.background, second.background)
+    assert (first.threshold, first.pooling) == (second.threshold, second.pooling)
+    assert one._routed.notes == other._routed.notes
+
+
+@pytest.mark.parametrize("name", ["memoir", "rome"])
+def test_what_is_prepared_belongs_to_the_base_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever other adapters are attached to it meanwhile."""
+    settings = {"memoir": {"layer": 2, "threshold": 0.4}, "rome": {**ROME, "layer": 2}}[name]
+    found = []
+    for place, beside in (("alone", False), ("beside", True)):
+        monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / place))
+        model = tiny_model("llama")
+        if beside:
+            FineTune(model, layers=(0,), learning_rate=1e-1).edit([ANOTHER])
+        editor = editor_class(name)(model, **settings)
+        editor.prepare()
+        found.append(editor)
+    assert found[0].adapter.notes == found[1].adapter.notes
+    if name == "memoir":
+        assert_prepared_alike(found[0], found[1])
+    else:
+        assert torch.equal(found[0]._statistics.second_moment, found[1]._statistics.second_moment)
+
+
 def test_an_unrelated_prompt_is_bit_identical_beside_an_edited_one() -> None:
     editor, adapter, _ = memoir_adapter()
     model = editor.model
@@ -287,6 +433,216 @@ def test_an_adapter_of_another_method_is_not_gone_on_with() -> None:
         Memoir(tiny_model("llama"), adapter=editor.adapter, steps=1)
     with pytest.raises(ConfigError, match="not both"):
         FineTune(tiny_model("llama"), FineTuneConfig(), steps=3)
+
+
+# --- going on with an adapter --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "other"),
+    [
+        ("memoir", {"layer": 1}, {"layer": 2}),
+        ("memoir", {"layer": 1}, {"marked": 20}),
+        ("memoir", {"layer": 1}, {"threshold": 0.4}),
+        ("memoir", {"layer": 1}, {"relative_threshold": 0.4}),
+        ("memoir", {"layer": 1}, {"pooling": "last"}),
+        ("memoir", {"layer": 1}, {"seed": 3}),
+        ("ft", {"layers": (1,)}, {"layers": (2,)}),
+        ("rome", {"layer": 1}, {"variant": "original"}),
+    ],
+)
+def test_what_shapes_an_adapter_is_not_changed_when_it_is_gone_on_with(
+    name: str, settings: dict[str, Any], other: dict[str, Any]
+) -> None:
+    model, cls = tiny_model("llama"), editor_class(name)
+    first = cls(model, **settings)
+    (setting, value), record = next(iter(other.items())), dict(first.adapter.editor_config)
+    there = getattr(first.config, setting)
+    words = re.escape(f"made with {setting}={there!r} and cannot be gone on with under {setting}={value!r}")
+    with pytest.raises(ConfigError, match=words):
+        cls(model, adapter=first.adapter, **other)
+    with pytest.raises(ConfigError, match=words):
+        cls(model, cls.Config.for_model(model, **{**settings, **other}), adapter=first.adapter)
+    assert first.adapter.editor_config == record
+
+
+def test_how_later_edits_are_trained_may_change() -> None:
+    model = tiny_model("llama")
+    first = FineTune(model, layers=(1,), **FT)
+    second = FineTune(model, adapter=first.adapter, steps=3, learning_rate=0.5, batch_size=4)
+    assert second.config.layers == (1,)  # what is not given is the adapter's, not the default
+    assert (second.config.steps, second.config.learning_rate, second.config.batch_size) == (3, 0.5, 4)
+    assert second.adapter.editor_config == second.config.to_record()
+    assert "later given: batch_size, learning_rate, steps" in second.config.source
+    with pytest.raises(ConfigError, match="Did you mean 'steps'"):
+        FineTune(model, adapter=first.adapter, step=3)
+    assert FineTune(model, first.config, adapter=first.adapter).config == first.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig(EditorConfig):
+    """Settings of a method that says nothing of which of them may change."""
+
+    strength: float = 1.0
+    steps: int = 3
+
+
+def test_a_setting_shapes_the_adapter_unless_its_method_says_otherwise() -> None:
+    record = OwnConfig().to_record()
+    assert OwnConfig.going_on(record, None, {"steps": 5}).steps == 5
+    with pytest.raises(ConfigError, match=r"made with strength=1.0 .* under strength=2.0"):
+        OwnConfig.going_on(record, None, {"strength": 2})
+
+
+def test_an_adapter_is_gone_on_with_where_it_is_attached() -> None:
+    editor = FineTune(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="attached to another model"):
+        FineTune(tiny_model("llama"), adapter=editor.adapter)
+    editor.adapter.detach()
+    with pytest.raises(BaseMismatchError):
+        FineTune(tiny_model("llama", seed=1), adapter=editor.adapter)
+
+
+def test_edits_are_not_trained_while_the_adapter_is_off() -> None:
+    editor = FineTune(tiny_model("llama"), **FT)
+    editor.adapter.detach()
+    with pytest.raises(ConfigError, match=r"is detached; call adapter.attach\(model\)"):
+        editor.edit([EDIT])
+    editor.adapter.attach(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="is attached to another model"):
+        editor.edit([EDIT])
+    assert not editor.adapter.edits()
+
+
+# --- batches, refusals, conflicts ------------------------------------------------------------------------------------
+
+
+def held(editor: Editor[Any]) -> list[str]:
+    return [edit.id for edit in editor.adapter.edits()]
+
+
+def edit_of(name: str, target: str, prompt: str = EDIT.prompt) -> Edit:
+    return Edit(id=name, prompt=prompt, target=target, subject="France")
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, editor: Editor[Any], refused: str) -> list[list[str]]:
+    """Let one edit be refused by its method; returns the ids of every batch that is written."""
+    write, batches = editor._write, []
+
+    def stubborn(edits: Sequence[Edit], progress: Progress) -> Written:
+        batches.append([edit.id for edit in edits])
+        if refused in batches[-1]:
+            raise EditError("not this one")
+        return write(edits, progress)
+
+    monkeypatch.setattr(editor, "_write", stubborn)
+    return batches
+
+
+@pytest.mark.parametrize("name", ["memoir", "rome"])
+def test_only_the_edit_that_fails_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = editor_class(name)(tiny_model("llama"), batch_size=3, **{"memoir": MEMOIR, "rome": ROME}[name])
+    third = Edit(prompt="The flute of Ann", target="piano", subject="Ann")
+    batches = refusing(monkeypatch, editor, ANOTHER.id)
+    outcome = editor.edit([EDIT, ANOTHER, third])
+    assert batches == [[EDIT.id], [ANOTHER.id], [third.id]]
+    assert [edit.edit_id for edit in outcome.applied] == held(editor) == [EDIT.id, third.id]
+    assert [(edit.edit_id, edit.reason) for edit in outcome.refused] == [(ANOTHER.id, "not this one")]
+    editor.adapter.revert(EDIT.id)
+
+
+def test_a_joint_batch_is_refused_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = FineTune(tiny_model("llama"), batch_size=3, **FT)
+    refusing(monkeypatch, editor, ANOTHER.id)
+    outcome = editor.edit([EDIT, ANOTHER, REVISED])
+    assert [edit.edit_id for edit in outcome.refused] == [EDIT.id, ANOTHER.id, REVISED.id]
+    assert not outcome.superseded
+    assert not outcome.applied
+    assert not held(editor)
+
+
+def test_of_a_joint_batch_only_the_latest_of_a_prompt_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = FineTune(tiny_model("llama"), batch_size=4, **FT)
+    batches = refusing(monkeypatch, editor, "nobody")
+    outcome = editor.edit([EDIT, ANOTHER, REVISED, ANOTHER])
+    assert batches == [[REVISED.id, ANOTHER.id]]
+    assert outcome.superseded == [(EDIT.id, REVISED.id)]
+    assert [edit.edit_id for edit in outcome.applied] == held(editor) == [REVISED.id, ANOTHER.id]
+
+
+def test_an_edit_that_was_refused_is_superseded_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = FineTune(tiny_model("llama"), **FT)
+    first, second, third = edit_of("1", "Rome"), edit_of("2", "Berlin"), edit_of("3", "London")
+    refusing(monkeypatch, editor, "2")
+    outcome = editor.edit([first, second, third])
+    assert outcome.superseded == [("1", "3")]
+    assert held(editor) == ["3"]
+
+
+@pytest.mark.parametrize("name", ["ft", "memoir"])
+def test_the_same_edit_under_another_id_takes_the_place_of_the_first(name: str) -> None:
+    editor = editor_class(name)(tiny_model("llama"), **{"ft": {**FT, "stop_loss": 0.0}, "memoir": MEMOIR}[name])
+    first, second = edit_of("1", "Rome"), edit_of("2", "Rome")
+    outcome = editor.edit([first, second])
+    assert outcome.superseded == [("1", "2")]
+    assert held(editor) == ["2"]
+    result = editor.adapter.revert("2")
+    assert not held(editor)
+    assert result.exactness == "exact" or "recorded" in result.reason
+    with torch.no_grad():
+        model = editor.model
+        batch = model.batch([model.passage(EDIT.prompt)])
+        attached = model.forward(batch).logits
+        editor.adapter.detach()
+        assert torch.equal(attached, model.forward(batch).logits)
+
+
+def test_an_edit_that_loses_its_mask_to_another_prompt_is_struck_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = Memoir(tiny_model("llama"), **MEMOIR)
+    editor.edit([EDIT])
+    router = editor._router
+    mask = router.masks(torch.tensor([0]))[0]
+    monkeypatch.setattr(router, "hash", lambda features: mask[None].expand(len(features), -1))
+    outcome = editor.edit([ANOTHER])
+    assert outcome.superseded == [(EDIT.id, ANOTHER.id)]
+    assert held(editor) == [ANOTHER.id] == router.owners
+    editor.adapter.revert(ANOTHER.id)
+
+
+@pytest.mark.parametrize("name", ["ft", "memoir", "rome"])
+def test_an_edit_given_again_with_another_target_keeps_its_place(name: str) -> None:
+    """The same id, so there is nothing to strike off; a router must not lose the mask to its own successor."""
+    editor = editor_class(name)(tiny_model("llama"), **{"ft": FT, "memoir": MEMOIR, "rome": ROME}[name])
+    outcome = editor.edit([edit_of("1", "Rome"), edit_of("1", "Berlin")])
+    assert outcome.superseded == [("1", "1")]
+    assert [(edit.id, edit.target) for edit in editor.adapter.edits()] == [("1", "Berlin")]
+    if name == "memoir":
+        assert editor.adapter.explain([EDIT.prompt])[0].edit_id == "1"
+    editor.adapter.revert("1")
+
+
+def test_an_id_names_one_prompt() -> None:
+    editor = FineTune(tiny_model("llama"), **FT)
+    editor.edit([edit_of("1", "Rome")])
+    outcome = editor.edit(
+        [edit_of("1", "Rome", prompt="Bob saw France"), edit_of("2", "Rome", prompt="Ann saw France")]
+    )
+    assert [edit.edit_id for edit in outcome.refused] == ["1"]
+    assert "belongs to an edit of another prompt" in outcome.refused[0].reason
+    assert held(editor) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["ft", "memoir", "rome"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_layers_are_not_edited(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model("llama")
+    cls = editor_class(name)
+    assert cls.unsuitable(model) is None
+    layer = model.module(model.anatomy.mlp_output[2])
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+    assert "quantised" in (cls.unsuitable(model) or "")
+    with pytest.raises(ConfigError, match=r"layers\.2\..* is quantised"):
+        cls(model)
 
 
 def test_orientation_of_transposed_layers_is_seen_through() -> None:

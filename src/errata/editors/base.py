@@ -11,10 +11,14 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from errata.adapters import Adapter, LayerChange
-from errata.edit import Edit, find_conflicts
+from errata.edit import Edit
 from errata.errors import ConfigError, EditError, NumericsError, SpanError, unknown_name
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
@@ -29,16 +33,39 @@ class EditorConfig:
     """Settings common to all editors.
 
     Attributes:
-        batch_size: edits written together; 1 is the faithful setting of sequential methods.
+        batch_size: edits written together, by methods that can (`Editor.writes_jointly`).
         seed: of every random choice the editor makes.
         source: where the values come from ("paper, table 10", "derived from the model's shape", ...).
+
+    Values are checked against the annotations of their fields.
     """
+
+    # Settings of how later edits are trained. An adapter can be gone on with under other values of these; all
+    # other settings shape what it holds already.
+    adjustable: ClassVar[frozenset[str]] = frozenset(
+        {
+            "batch_size",
+            "clamp",
+            "clip_norm",
+            "full_forward",
+            "kl_factor",
+            "learning_rate",
+            "source",
+            "steps",
+            "stop_change",
+            "stop_loss",
+            "weight_decay",
+        }
+    )
 
     batch_size: int = 1
     seed: int = 0
     source: str = "defaults"
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for one in dataclasses.fields(self):
+            object.__setattr__(self, one.name, _checked(one.name, getattr(self, one.name), hints[one.name]))
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
 
@@ -59,15 +86,46 @@ class EditorConfig:
         Raises:
             ConfigError: an override that this editor does not have.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in overrides:
-            if name not in known:
-                raise ConfigError(unknown_name("setting", name, known - {"source"}))
+        cls._know(overrides)
         published = cls.published(model)
         values = {"source": "derived from the model's shape", **cls.derived(model)} if published is None else published
         if overrides:
             values = {**values, "source": f"{values.get('source', 'defaults')}; given: {', '.join(sorted(overrides))}"}
         return cls(**{**values, **overrides})
+
+    @classmethod
+    def going_on(cls, record: Mapping[str, Any], config: Self | None, overrides: Mapping[str, Any]) -> Self:
+        """The settings for more edits into an adapter that was made with `record`.
+
+        Args:
+            config: all settings, or None for those of the adapter; overrides: single ones that differ from them.
+
+        Raises:
+            ConfigError: a setting that shapes what the adapter holds differs, or an override does not exist.
+        """
+        made = cls.from_record(record)
+        if config is None:
+            cls._know(overrides)
+            given = {"source": f"{made.source}; later given: {', '.join(sorted(overrides))}"} if overrides else {}
+            config = dataclasses.replace(made, **{**given, **overrides})
+        for name in sorted(cls._names() - cls.adjustable):
+            there, here = getattr(made, name), getattr(config, name)
+            if there != here:
+                raise ConfigError(
+                    f"this adapter was made with {name}={there!r} and cannot be gone on with under {name}={here!r}, "
+                    "which would not fit what it holds; leave the setting out, or begin a new adapter"
+                )
+        return config
+
+    @classmethod
+    def _names(cls) -> set[str]:
+        return {f.name for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def _know(cls, overrides: Mapping[str, Any]) -> None:
+        for name in overrides:
+            if name not in cls._names():
+                raise ConfigError(unknown_name("setting", name, cls._names() - {"source"}))
 
     def to_record(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -75,14 +133,36 @@ class EditorConfig:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Raises ConfigError for settings that this version does not know."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = cls._names()
         unknown = sorted(set(record) - known)
         if unknown:
             raise ConfigError(
                 f"settings {', '.join(unknown)} are not known to {cls.__name__}; known: {', '.join(sorted(known))}"
             )
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        return cls(**values)
+        return cls(**record)
+
+
+def _in_words(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(part) for part in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in parts)
+    if origin is tuple and parts[-1] is Ellipsis:
+        return f"a list of which each is {_in_words(parts[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    return words.get(hint, str(hint))
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value if it fits. Strictly: true is no number and 2.0 no whole one. JSON's lists serve as tuples."""
+    expected: TypeAdapter[Any] = TypeAdapter(hint)
+    for candidate in (value, tuple(value)) if isinstance(value, list) else (value,):
+        try:
+            return expected.validate_python(candidate, strict=True)
+        except ValidationError:
+            continue
+    raise ConfigError(f"setting {name} is {value!r}; expected {_in_words(hint)}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +195,8 @@ class EditOutcome:
     """The receipt of one call of `edit()`.
 
     Attributes:
-        superseded: pairs (old id, new id): the new edit gives the same prompt another target.
+        superseded: pairs (old id, new id): the new edit answers the same prompt, or stands where the old one stood.
+            The ids are equal where an edit was given again with another target.
         changes: the adapter's layers as they are now.
         seconds: writing, without preparation; prepare_seconds: preparation done in this call.
     """
@@ -147,9 +228,16 @@ class EditOutcome:
 
 @dataclass(frozen=True)
 class Written:
-    """What `_write` reports for a batch: per edit, how many steps it took."""
+    """What `_write` reports for a batch.
+
+    Attributes:
+        steps: per edit, how many it took.
+        displaced: per edit, the id of another edit whose place it took, so that this one can be neither reached nor
+            reverted any more; empty where that cannot happen.
+    """
 
     steps: tuple[int | None, ...]
+    displaced: tuple[str | None, ...] = ()
 
 
 C = TypeVar("C", bound=EditorConfig)
@@ -162,8 +250,12 @@ class Editor(abc.ABC, Generic[C]):
         model: the model to edit. The editor's adapter is attached to it and stays attached; `adapter.detach()`
             returns the base model, bit for bit.
         config: settings; by default the published or derived ones for this model.
-        adapter: an adapter of this method to go on with, as loaded from disk.
+        adapter: an adapter of this method to go on with, as loaded from disk; its settings are the default then.
         overrides: single settings that differ from the default configuration.
+
+    Raises:
+        ConfigError: settings that do not exist or do not fit, the model or the adapter; a model that this method
+            cannot edit.
     """
 
     name: ClassVar[str]
@@ -171,33 +263,44 @@ class Editor(abc.ABC, Generic[C]):
     paper: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
     needs_subject: ClassVar[bool] = False
+    # Whether a batch is written in one go. Other methods get their edits one by one, whatever the batch size.
+    writes_jointly: ClassVar[bool] = False
 
     def __init__(
         self, model: EditableModel, config: C | None = None, *, adapter: Adapter | None = None, **overrides: Any
     ) -> None:
         if config is not None and overrides:
             raise ConfigError("give either a configuration or single settings, not both")
-        if adapter is not None and config is None and not overrides:
-            loaded = self.Config.from_record(adapter.editor_config)
-        else:
-            loaded = config or self.Config.for_model(model, **overrides)
-        self.model = model
-        self.config: C = loaded  # type: ignore[assignment]
-        self._prepared = False
+        reason = self.unsuitable(model)
+        if reason is not None:
+            raise ConfigError(f"{self.name} cannot edit {model.model_id}: {reason}")
         if adapter is None:
-            self.adapter = self._new_adapter()
+            loaded = config or self.Config.for_model(model, **overrides)
         else:
             if adapter.editor != self.name:
                 raise ConfigError(f"this adapter was written by {adapter.editor!r}; {self.name!r} cannot go on with it")
-            self.adapter = adapter
+            if adapter.is_attached and adapter.model is not model:
+                raise ConfigError(
+                    f"this adapter is attached to another model ({adapter.model.model_id}); detach it first, or go on "
+                    "with it there"
+                )
+            loaded = self.Config.going_on(adapter.editor_config, config, overrides)
+        self.model = model
+        self.config: C = loaded  # type: ignore[assignment]
+        self._prepared = False
+        self.adapter = self._new_adapter() if adapter is None else adapter
         if not self.adapter.is_attached:
             self.adapter.attach(model)
+        self.adapter.editor_config = loaded.to_record()
 
     @classmethod
     def unsuitable(cls, model: EditableModel) -> str | None:
         """Why this method cannot edit a model, in words, or None when it can."""
-        if not next(model.model.parameters()).dtype.is_floating_point:
-            return "its weights are quantised; load it in a floating-point dtype"
+        for path in model.anatomy.mlp_output:
+            weight = getattr(model.module(path), "weight", None)
+            # One byte holds an integer or an eighth-precision float; either way its scale is kept elsewhere.
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
+                return f"{path} is quantised; load the model in a floating-point dtype"
         if cls.needs_subject and not getattr(model.tokenizer, "is_fast", False):
             return "the subject is found by character offsets, which this tokenizer does not report (load the fast one)"
         return None
@@ -214,10 +317,10 @@ class Editor(abc.ABC, Generic[C]):
 
     @abc.abstractmethod
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
-        """Write a batch into the adapter, all of it or nothing.
+        """Write a batch into the adapter, all of it or nothing. A batch of one unless `writes_jointly`.
 
         Raises:
-            EditError, SpanError, NumericsError: the batch is refused.
+            EditError, SpanError, NumericsError: the batch is refused; the adapter is as it was.
         """
 
     # --- what users call --------------------------------------------------------------------------------------------
@@ -238,62 +341,69 @@ class Editor(abc.ABC, Generic[C]):
         """Write edits into the adapter, in order; can be called again and again.
 
         An edit that cannot be written is refused with its reason and the others go on. Of two edits with the same
-        prompt and different targets the later one supersedes the earlier, and the outcome says so.
+        prompt the later one supersedes the earlier, and the outcome says so; the same edit given twice is one.
+
+        Raises:
+            ConfigError: the adapter is not attached to this editor's model, so that edits would be trained against
+                other weights than they will act on.
         """
+        if not self.adapter.is_attached or self.adapter.model is not self.model:
+            where = "attached to another model" if self.adapter.is_attached else "detached"
+            raise ConfigError(
+                f"the editor's adapter is {where}; call adapter.attach(model) with the model of the editor"
+            )
         outcome = EditOutcome(prepare_seconds=self.prepare(progress))
         began = time.perf_counter()
-        before = list(self.adapter.edits())
-        everything = [*before, *edits]
-        replaced = {
-            everything[later].id: everything[earlier].id
-            for earlier, later in find_conflicts(everything)
-            if later >= len(before)
-        }
+        held: dict[str, list[Edit]] = {}
+        for edit in self.adapter.edits():
+            held.setdefault(_question(edit), []).append(edit)
+        names = {edit.id: question for question, found in held.items() for edit in found}
         progress.start(f"{self.name}: editing", len(edits))
-        usable = [edit for edit in edits if self._accepts(edit, outcome)]
+        usable = [edit for edit in edits if self._accepts(edit, names, outcome)]
         progress.advance(len(edits) - len(usable))
-        for start in range(0, len(usable), self.config.batch_size):
-            batch = usable[start : start + self.config.batch_size]
-            self._write_batch(batch, replaced, outcome, progress)
+        size = self.config.batch_size if self.writes_jointly else 1
+        for start in range(0, len(usable), size):
+            batch = usable[start : start + size]
+            self._write_batch(batch, held, outcome, progress)
             progress.advance(len(batch), note=f"{sum(e.took for e in outcome.applied)} took")
         outcome.seconds = time.perf_counter() - began
         outcome.changes = self.adapter.layer_changes(self.model)
         outcome.memory_version = self.adapter.memory_version
         return outcome
 
-    def _accepts(self, edit: Edit, outcome: EditOutcome) -> bool:
-        if not self.needs_subject:
-            return True
+    def _accepts(self, edit: Edit, names: dict[str, str], outcome: EditOutcome) -> bool:
+        """Whether an edit can be tried; `names` says which prompt each id known so far belongs to."""
         try:
-            if edit.subject is None:
+            if names.setdefault(edit.id, _question(edit)) != _question(edit):
+                raise EditError(f"the id {edit.id!r} belongs to an edit of another prompt; give each an id of its own")
+            if self.needs_subject and edit.subject is None:
                 raise SpanError(
                     f"{self.name} needs to know the subject; add the field 'subject', spelled as in the prompt"
                 )
-            find_subject(edit.prompt, edit.subject)
-        except SpanError as error:
+            if self.needs_subject and edit.subject is not None:
+                find_subject(edit.prompt, edit.subject)
+        except (EditError, SpanError) as error:
             outcome.refused.append(RefusedEdit(edit.id, str(error)))
             return False
         return True
 
     def _write_batch(
-        self, batch: Sequence[Edit], replaced: Mapping[str, str], outcome: EditOutcome, progress: Progress
+        self, batch: Sequence[Edit], held: dict[str, list[Edit]], outcome: EditOutcome, progress: Progress
     ) -> None:
-        passages = [self.model.passage(edit.prompt, edit.target) for edit in batch]
+        edits, overtaken = _without_overtaken(batch)
+        passages = [self.model.passage(edit.prompt, edit.target) for edit in edits]
         before = forced_answers(self.model, passages)
         try:
-            written = self._write(batch, progress)
+            written = self._write(edits, progress)
         except (EditError, SpanError, NumericsError) as error:
             outcome.refused += [RefusedEdit(edit.id, str(error)) for edit in batch]
             return
-        for edit in batch:
-            old = replaced.get(edit.id)
-            if old is not None:
-                self.adapter.supersede(old, edit.id)
-                outcome.superseded.append((old, edit.id))
-            self.adapter.remember(edit)
+        outcome.superseded += overtaken
+        for edit, displaced in zip(edits, written.displaced or (None,) * len(edits), strict=True):
+            self._enter(edit, displaced, held, outcome)
         after = forced_answers(self.model, passages)
         for edit, passage, old_answer, new_answer, steps in zip(
-            batch, passages, before, after, written.steps, strict=True
+            edits, passages, before, after, written.steps, strict=True
         ):
             outcome.applied.append(
                 AppliedEdit(
@@ -304,3 +414,33 @@ class Editor(abc.ABC, Generic[C]):
                     steps,
                 )
             )
+
+    def _enter(self, edit: Edit, displaced: str | None, held: dict[str, list[Edit]], outcome: EditOutcome) -> None:
+        """Enter a written edit in the adapter's list, in place of what it holds for the same prompt."""
+        question = _question(edit)
+        older = [old for old in held.get(question, ()) if self.adapter.holds(old.id)]
+        ids = [old.id for old in older if (old.id, old.target) != (edit.id, edit.target)]
+        if displaced is not None and displaced not in ids and self.adapter.holds(displaced):
+            ids.append(displaced)
+        for old_id in ids:
+            self.adapter.supersede(old_id, edit.id)
+            outcome.superseded.append((old_id, edit.id))
+        self.adapter.remember(edit)
+        held[question] = [edit]
+
+
+def _question(edit: Edit) -> str:
+    """The prompt, white space aside: what two edits have in common of which only one can be in force."""
+    return " ".join(edit.prompt.split())
+
+
+def _without_overtaken(batch: Sequence[Edit]) -> tuple[list[Edit], list[tuple[str, str]]]:
+    """The edits of a batch of which no later one has the same prompt, and who overtook the others: (old id, new id)."""
+    latest: dict[str, Edit] = {}
+    overtaken = []
+    for edit in batch:
+        old = latest.pop(_question(edit), None)
+        if old is not None and (old.id, old.target) != (edit.id, edit.target):
+            overtaken.append((old.id, edit.id))
+        latest[_question(edit)] = edit
+    return list(latest.values()), overtaken

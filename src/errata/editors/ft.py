@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ class FineTuneConfig(EditorConfig):
         full_forward: train through whole forward passes instead of the tail (slow; for comparison).
     """
 
+    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"recorded_rank"}
+
     layers: tuple[int, ...] = (0,)
     learning_rate: float = 5e-4
     steps: int = 25
@@ -88,6 +90,7 @@ class FineTune(Editor[FineTuneConfig]):
     summary = "fine-tune one MLP output projection on the target tokens (FT-M)"
     paper = "EasyEdit's FT-M (target_new), 2308.07269"
     Config = FineTuneConfig
+    writes_jointly = True
 
     def _new_adapter(self) -> DeltaAdapter:
         paths = [self.model.anatomy.mlp_output[self.model.anatomy.layer(layer)] for layer in self.config.layers]
@@ -99,12 +102,11 @@ class FineTune(Editor[FineTuneConfig]):
         layers = [model.anatomy.layer(layer) for layer in config.layers]
         batch = model.batch([model.passage(edit.prompt, edit.target) for edit in edits], side="right")
         rows, columns, labels = batch.answer_places()
+        tokens_per_edit = torch.bincount(rows, minlength=len(edits)).clamp(min=1)
         tail = Tail(model, tuple(layers), full=config.full_forward)
         recording = tail.record(batch)
-        changes = {
-            layer: torch.zeros(weight_of(model.module(model.anatomy.mlp_output[layer])).shape, device=model.device)
-            for layer in layers
-        }
+        weights = {layer: weight_of(model.module(model.anatomy.mlp_output[layer])) for layer in layers}
+        changes = {layer: torch.zeros(weight.shape, device=weight.device) for layer, weight in weights.items()}
         for change in changes.values():
             change.requires_grad_(True)
         optimizer = torch.optim.Adam(changes.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -116,9 +118,9 @@ class FineTune(Editor[FineTuneConfig]):
         for _ in range(config.steps):
             logits = tail.run(recording, {layer: product(change) for layer, change in changes.items()}, rows, columns)
             # Mean over each edit's own tokens first: a long target weighs no more than a short one.
-            losses = F.cross_entropy(logits.float(), labels, reduction="none")
-            per_edit = torch.zeros(len(edits), device=losses.device).index_add(0, rows, losses)
-            loss = (per_edit / torch.bincount(rows, minlength=len(edits)).clamp(min=1)).mean()
+            losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+            per_edit = torch.zeros(len(edits), device=losses.device).index_add(0, rows.to(losses.device), losses)
+            loss = (per_edit / tokens_per_edit.to(losses.device)).mean()
             if loss.item() < config.stop_loss:
                 break
             optimizer.zero_grad()
@@ -129,12 +131,10 @@ class FineTune(Editor[FineTuneConfig]):
                 with torch.no_grad():
                     for change in changes.values():
                         change.clamp_(-config.clamp, config.clamp)
-        self._commit(edits, {layer: c.detach().cpu() for layer, c in changes.items()}, recording.inputs, batch.mask)
+        self._add(edits, {layer: c.detach().cpu() for layer, c in changes.items()})
         return Written((taken,) * len(edits))
 
-    def _commit(
-        self, edits: Sequence[Edit], changes: dict[int, Tensor], inputs: dict[int, Tensor], mask: Tensor
-    ) -> None:
+    def _add(self, edits: Sequence[Edit], changes: dict[int, Tensor]) -> None:
         assert isinstance(self.adapter, DeltaAdapter)
         recorded: list[WeightChange] = []
         residues: dict[str, Tensor] = {}
@@ -142,14 +142,13 @@ class FineTune(Editor[FineTuneConfig]):
         for layer, change in changes.items():
             path = self.model.anatomy.mlp_output[layer]
             left, right = _low_rank(change, self.config.recorded_rank, generator)
-            effect = (inputs[layer].float().cpu() @ change.T).norm(dim=-1)[mask.bool().cpu()]
             whole = float(change.square().sum())
             residue = change - left @ right.T
             share = 1.0 - float(residue.square().sum()) / whole if whole else 1.0
             ids = tuple(edit.id for edit in edits)
-            recorded.append(WeightChange(path, ids, left, right, float(effect.max()), share))
+            recorded.append(WeightChange(path, ids, left, right, recorded=share))
             residues[path] = residue
-        self.adapter.add(recorded, residues)
+        self.adapter.add(self.adapter.measured(recorded, [edit.prompt for edit in edits], self.model), residues)
 
 
 def _low_rank(change: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

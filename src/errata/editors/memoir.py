@@ -16,15 +16,24 @@ default:
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from errata.adapters import BaseIdentity, ColumnMemory, RoutedAdapter, RoutedLayer
+from errata.adapters.base import check_change
 from errata.datasets.builtin import background_prompts, paraphrase_sets
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
@@ -33,7 +42,11 @@ from errata.editors.layers import scaled_layer, shape_key
 from errata.errors import ConfigError, NumericsError
 from errata.model import EditableModel
 from errata.model.anatomy import output_width
+from errata.model.probes import capturing_inputs
+from errata.model.scoring import length_batches
 from errata.model.tail import Recording, Tail
+from errata.model.tokens import Passage
+from errata.paths import cache_folder
 from errata.progress import Progress
 from errata.routing import TopHashRouter, relative_threshold
 from errata.routing.tophash import POOLINGS, Pooling
@@ -61,6 +74,8 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
     },
 }
 _PUBLISHED_SHARE = 4096 / 14336  # k/D on Llama-3-8B
+_QUESTIONS = 200  # that calibration asks
+_FORMAT = 1  # of what `prepare` keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +99,8 @@ class MemoirConfig(EditorConfig):
         full_forward: train through whole forward passes instead of the tail (slow; for comparison).
     """
 
+    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"contexts", "decay"}
+
     layer: int = 27
     marked: int = 4096
     learning_rate: float = 1.0
@@ -103,8 +120,6 @@ class MemoirConfig(EditorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay not in ("active", "reference", "none"):
-            raise ConfigError(f"unknown decay {self.decay!r}; choose active, reference or none")
         if self.threshold is not None and self.relative_threshold is not None:
             raise ConfigError("give either threshold or relative_threshold, not both")
         if not 0 <= self.contexts <= 10:
@@ -142,6 +157,12 @@ class Memoir(Editor[MemoirConfig]):
         assert isinstance(self.adapter, RoutedAdapter)
         return self.adapter
 
+    @property
+    def _router(self) -> TopHashRouter:
+        router = self._routed.router
+        assert isinstance(router, TopHashRouter)
+        return router
+
     def _new_adapter(self) -> RoutedAdapter:
         model, config = self.model, self.config
         path = model.anatomy.mlp_output[self._layer]
@@ -158,72 +179,102 @@ class Memoir(Editor[MemoirConfig]):
     # --- once per base model ----------------------------------------------------------------------------------------
 
     def _prepare(self, progress: Progress) -> None:
-        adapter, config = self._routed, self.config
+        adapter, router = self._routed, self._router
         if "calibration" in adapter.notes:
             return
-        router = adapter.router
-        with adapter.detached():
-            adapter.notes["contexts"] = list(wise_contexts(self.model, config.seed))
-            if config.threshold is not None:
-                self._set_background()
-                router.threshold = config.threshold
-                adapter.notes["calibration"] = {"kind": "fixed threshold"}
-            elif config.relative_threshold is not None:
-                self._set_background()
-                router.threshold = relative_threshold(config.relative_threshold, router.marked, router.width)
-                adapter.notes["calibration"] = {"kind": "fixed relative threshold"}
-            else:
-                adapter.notes["calibration"] = self._calibrate(progress)
-        adapter.notes["calibration"] |= {"pooling": router.pooling, "threshold": router.threshold}
+        questions = _Questions.ask(self.model, self.config)
+        place = cache_folder("memoir") / f"{self._digest(questions)}.safetensors"
+        made = _Preparation.read(place)
+        if made is None:
+            with self.model.bare():  # all of it belongs to the base model, whatever is attached to it
+                made = self._measure(questions, progress)
+            with suppress(OSError):  # it can be made again: a folder that cannot be written to stops nobody
+                made.write(place)
+        router.background, router.pooling, router.threshold = made.background, made.pooling, made.threshold
+        adapter.notes["contexts"] = made.contexts
+        adapter.notes["calibration"] = {**made.record, "pooling": made.pooling, "threshold": made.threshold}
 
-    def _set_background(self) -> None:
-        """The mean feature of unrelated prompts, under the router's present pooling."""
-        router, config = self._routed.router, self.config
-        router.background = torch.zeros(router.width)
-        if config.background:
-            router.background = self._features(background_prompts(config.background, config.seed)).mean(0)
+    def _digest(self, questions: _Questions) -> str:
+        """Everything that `_measure` depends on, hashed."""
+        config = self.config
+        parts = {
+            "format": _FORMAT,
+            "weights": self.model.fingerprint,
+            "dtype": str(self.model.dtype),
+            "layer": self._layer,
+            "marked": config.marked,
+            "pooling": config.pooling,
+            "seed": config.seed,
+            "threshold": config.threshold,
+            "relative_threshold": config.relative_threshold,
+            "false_fires": config.false_fires,
+            "questions": questions.digest(),
+        }
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def _features(self, prompts: Sequence[str]) -> Tensor:
-        return self._routed.features(prompts, self.model)
+    def _measure(self, questions: _Questions, progress: Progress) -> _Preparation:
+        """Contexts, background, threshold, and pooling where it is free."""
+        config, router = self.config, self._router
+        contexts = list(wise_contexts(self.model, config.seed))
+        tried: tuple[Pooling, ...] = (router.pooling,)
+        if questions.prompts and config.pooling == "auto":
+            tried = POOLINGS
+        zeros = torch.zeros(router.width)
+        # One router per pooling, empty, so that one pass over the questions serves all of them.
+        routers = [dataclasses.replace(router, pooling=p, background=zeros, owners=[]) for p in tried]
+        progress.start(f"{self.name}: reading questions", len(questions))
+        if questions.background:
+            found = self._features(questions.background, routers, progress)
+            routers = [dataclasses.replace(r, background=f.mean(0)) for r, f in zip(routers, found, strict=True)]
+        if not questions.prompts:
+            threshold, kind = config.threshold, "fixed threshold"
+            if threshold is None:
+                assert config.relative_threshold is not None
+                kind = "fixed relative threshold"
+                threshold = relative_threshold(config.relative_threshold, router.marked, router.width)
+            return _Preparation(routers[0].background, contexts, router.pooling, threshold, {"kind": kind})
 
-    def _calibrate(self, progress: Progress) -> dict[str, Any]:
-        """Threshold, and pooling where it is free, from questions in several wordings and their neighbours.
+        def masks(texts: Sequence[Passage]) -> list[Tensor]:
+            return [r.hash(f) for r, f in zip(routers, self._features(texts, routers, progress), strict=True)]
 
-        Nothing of any edit is used. Returns what the chosen setting does on these questions, and the others beside it.
-        """
-        sets = paraphrase_sets(200, self.config.seed)
-        prompts = [s.prompt for s in sets]
-        paraphrases = [text for s in sets for text in s.paraphrases]
-        owners = torch.tensor([owner for owner, s in enumerate(sets) for _ in s.paraphrases])
-        neighbours = [text for s in sets for text in s.neighbours]
-        router = self._routed.router
-        tried: tuple[Pooling, ...] = POOLINGS if self.config.pooling == "auto" else (self.config.pooling,)
-        progress.start(f"{self.name}: calibrating the router", len(tried))
+        stored, others, near = masks(questions.prompts), masks(questions.paraphrases), masks(questions.neighbours)
+        thresholds: dict[Pooling, float] = {}
         records: dict[Pooling, dict[str, Any]] = {}
-        backgrounds: dict[Pooling, Tensor] = {}
-        for pooling in tried:
-            router.pooling = pooling
-            self._set_background()
-            backgrounds[pooling] = router.background
-            masks = [router.hash(self._features(texts)) for texts in (prompts, paraphrases, neighbours)]
+        for number, one in enumerate(routers):
             threshold, record = calibrate_threshold(
-                router, masks[0], masks[1], owners, masks[2], self.config.false_fires
+                one, stored[number], others[number], questions.owners, near[number], config.false_fires
             )
-            records[pooling] = {**record, "threshold": threshold}
-            progress.advance(1)
+            thresholds[one.pooling], records[one.pooling] = threshold, {**record, "threshold": threshold}
         best = max(tried, key=lambda pooling: records[pooling]["paraphrases_reached"])
-        router.pooling, router.background = best, backgrounds[best]
-        router.threshold = records[best]["threshold"]
-        others = {pooling: record for pooling, record in records.items() if pooling != best}
-        return {"kind": "calibrated", **records[best], "instead_of": others}
+        instead_of = {pooling: record for pooling, record in records.items() if pooling != best}
+        calibration = {"kind": "calibrated", **records[best], "instead_of": instead_of}
+        return _Preparation(routers[tried.index(best)].background, contexts, best, thresholds[best], calibration)
+
+    @torch.no_grad()
+    def _features(
+        self, passages: Sequence[Passage], routers: Sequence[TopHashRouter], progress: Progress
+    ) -> list[Tensor]:
+        """Each prompt's features as each router sees them, [prompts, D] per router, from one pass over the prompts."""
+        path = self._routed.path
+        features = [torch.empty(len(passages), router.width) for router in routers]
+        for indices in length_batches([len(p.ids) for p in passages], 8192):
+            batch = self.model.batch([passages[i] for i in indices], side="right")
+            with capturing_inputs(self.model.model, [path], len(indices)) as inputs:
+                self.model.trunk_states(batch)
+            for router, found in zip(routers, features, strict=True):
+                found[indices] = router.features(router.gather(inputs[path], batch.mask.bool())).cpu()
+            progress.advance(len(indices))
+        return features
 
     # --- per edit ---------------------------------------------------------------------------------------------------
 
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
-        return Written(tuple(self._write_one(edit) for edit in edits))
+        found = [self._write_one(edit) for edit in edits]
+        return Written(tuple(steps for steps, _ in found), tuple(displaced for _, displaced in found))
 
-    def _write_one(self, edit: Edit) -> int:
-        adapter = self._routed
+    def _write_one(self, edit: Edit) -> tuple[int, str | None]:
+        """Steps taken, and the edit that owned the very same mask until now."""
+        adapter, router = self._routed, self._router
         memory = adapter.memory
         assert isinstance(memory, ColumnMemory)
         prompts = [edit.prompt, *(f"{c} {edit.prompt}" for c in adapter.notes["contexts"][: self.config.contexts])]
@@ -232,17 +283,18 @@ class Memoir(Editor[MemoirConfig]):
             tail = Tail(self.model, self._layer, full=self.config.full_forward)
             recording = tail.record(batch)
             bare = batch.mask[:1].bool() & (batch.positions[:1] < batch.prompt_lengths[0])
-            router = adapter.router
             mask = router.hash(router.features(router.gather(recording.inputs[self._layer][:1], bare)))[0]
             columns = mask.nonzero().squeeze(1)
             values, steps = self._train(tail, recording, columns, memory.weight[:, columns])
+        # Before anything is written: a refused edit leaves the memory as it was.
+        check_change(values - memory.weight[:, columns], "the memory's change")
         if self.config.decay == "reference":
             kept = (1.0 - self.config.learning_rate * self.config.weight_decay) ** steps
-            memory.weight[:, ~mask] *= kept
+            memory.fade(~mask, kept)
         memory.write(columns, values)
-        router.append(mask, edit.id)
+        displaced = router.append(mask, edit.id)
         adapter.memory_version += 1
-        return steps
+        return steps, displaced
 
     def _train(self, tail: Tail, recording: Recording, columns: Tensor, start: Tensor) -> tuple[Tensor, int]:
         """Gradient descent on the edit's columns [outputs, k] until the target is said; returns them and the steps."""
@@ -259,8 +311,8 @@ class Memoir(Editor[MemoirConfig]):
         taken = 0
         for _ in range(config.steps):
             logits = tail.run(recording, read, rows, places)
-            losses = F.cross_entropy(logits.float(), labels, reduction="none")
-            loss = (losses / per_row[rows]).sum() / len(per_row)
+            losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+            loss = (losses / per_row[rows].to(losses.device)).sum() / len(per_row)
             now = loss.item()
             if not loss.isfinite():
                 raise NumericsError("the edit's loss is not finite; lower the learning rate")
@@ -275,6 +327,75 @@ class Memoir(Editor[MemoirConfig]):
                 values -= config.learning_rate * gradient
             taken += 1
         return values.detach().cpu(), taken
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """What a router is prepared with, as tokens: unrelated prompts, questions, other wordings of them, neighbours.
+
+    `owners` [paraphrases] says which question each other wording belongs to.
+    """
+
+    background: list[Passage]
+    prompts: list[Passage]
+    paraphrases: list[Passage]
+    owners: Tensor
+    neighbours: list[Passage]
+
+    @classmethod
+    def ask(cls, model: EditableModel, config: MemoirConfig) -> _Questions:
+        fixed = config.threshold is not None or config.relative_threshold is not None
+        background = background_prompts(config.background, config.seed) if config.background else []
+        sets = [] if fixed else paraphrase_sets(_QUESTIONS, config.seed)
+        return cls(
+            [model.passage(text) for text in background],
+            [model.passage(one.prompt) for one in sets],
+            [model.passage(text) for one in sets for text in one.paraphrases],
+            torch.tensor([owner for owner, one in enumerate(sets) for _ in one.paraphrases]),
+            [model.passage(text) for one in sets for text in one.neighbours],
+        )
+
+    def _parts(self) -> tuple[list[Passage], ...]:
+        return self.background, self.prompts, self.paraphrases, self.neighbours
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts())
+
+    def digest(self) -> str:
+        """Of the tokens, and so of the texts and of the tokenizer."""
+        parts = [[passage.ids for passage in part] for part in self._parts()]
+        text = json.dumps([parts, self.owners.tolist()])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What `prepare` finds for one model and one configuration; kept, since it costs thousands of prompts to make.
+
+    `background` is [D]; `record` says how threshold and pooling were found.
+    """
+
+    background: Tensor
+    contexts: list[str]
+    pooling: Pooling
+    threshold: float
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, place: Path) -> _Preparation | None:
+        """What is kept there; None if nothing is, or nothing that can be read."""
+        try:
+            with safe_open(place, framework="pt") as file:
+                return cls(file.get_tensor("background"), **json.loads(file.metadata()["made"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, place: Path) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_suffix(f".{os.getpid()}.new")  # two processes may prepare at once
+        made = {name: getattr(self, name) for name in ("contexts", "pooling", "threshold", "record")}
+        save_file({"background": self.background.contiguous()}, draft, metadata={"made": json.dumps(made)})
+        os.replace(draft, place)
 
 
 def calibrate_threshold(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from errata.adapters import DeltaAdapter, WeightChange
 from errata.datasets.builtin import corpus_texts, plain_texts
@@ -64,6 +64,8 @@ class RomeConfig(EditorConfig):
         full_forward: search v* through whole forward passes (slow; for comparison).
     """
 
+    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"contexts"}
+
     layer: int = 5
     variant: Literal["r-rome", "original"] = "r-rome"
     steps: int = 20
@@ -80,8 +82,6 @@ class RomeConfig(EditorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("r-rome", "original"):
-            raise ConfigError(f"unknown variant {self.variant!r}; choose 'r-rome' or 'original'")
         if not 0 <= self.contexts <= 20:
             raise ConfigError(f"contexts must be between 0 and 20, not {self.contexts}")
 
@@ -123,7 +123,7 @@ class Rome(Editor[RomeConfig]):
         assert isinstance(self.adapter, DeltaAdapter)
         config = self.config
         self._statistics: KeyStatistics | None = None
-        with self.adapter.detached():  # both belong to the base model, however much was edited since
+        with self.model.bare():  # both belong to the base model, whatever is attached to it
             if "contexts" not in self.adapter.notes:
                 self.adapter.notes["contexts"] = list(rome_contexts(self.model, config.seed))
             if config.use_statistics:
@@ -162,7 +162,6 @@ class Rome(Editor[RomeConfig]):
                 f"the key of {edit.subject!r} is orthogonal to its own direction; its edit would explode"
             )
         factor = (wanted - present) / strength
-        own = float(factor.norm() * abs(direction @ value.keys[0].double().cpu()))
-        change = WeightChange(self._path, (edit.id,), factor.float()[:, None], direction.float()[:, None], own)
-        self.adapter.add([change])
+        change = WeightChange(self._path, (edit.id,), factor.float()[:, None], direction.float()[:, None])
+        self.adapter.add(self.adapter.measured([change], [edit.prompt], self.model))
         return value.steps

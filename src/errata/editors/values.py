@@ -89,8 +89,10 @@ def find_target_value(
     subject_columns = torch.tensor(spans, device=batch.ids.device) + batch.starts
     tail = Tail(model, layer, full=full_forward)
     recording = tail.record(batch)
-    keys = recording.inputs[layer][subject_rows, subject_columns][: len(prompts)].float()
-    outputs = recording.outputs[subject_rows, subject_columns][: len(prompts)].float()
+    here = recording.outputs.device  # the layer's own, which need not be that of the token ids
+    places = (subject_rows.to(here), subject_columns.to(here))
+    keys = recording.inputs[layer][places][: len(prompts)].float()
+    outputs = recording.outputs[places][: len(prompts)].float()
     initial = outputs[0]
     size = float(initial.norm())
 
@@ -100,7 +102,6 @@ def find_target_value(
 
     def change(inputs: Tensor) -> Tensor:
         # δ at the subject of every row, zero elsewhere.
-        places = (subject_rows, subject_columns)
         return torch.zeros(shape, device=inputs.device).index_put(places, delta.expand(len(spans), -1))
 
     all_rows = torch.cat([rows, subject_rows[-1:]])
@@ -111,14 +112,15 @@ def find_target_value(
     for step in range(settings.steps):
         logits = tail.run(recording, change, all_rows, all_columns).float()
         log_probs = logits.log_softmax(-1)
-        losses = F.nll_loss(log_probs[:-1], labels, reduction="none")
-        per_row = torch.zeros(len(prompts), device=losses.device).index_add(0, rows, losses)
-        likely = (per_row / tokens_per_row).mean()
+        losses = F.nll_loss(log_probs[:-1], labels.to(log_probs.device), reduction="none")
+        per_row = torch.zeros(len(prompts), device=losses.device).index_add(0, rows.to(losses.device), losses)
+        likely = (per_row / tokens_per_row.to(losses.device)).mean()
         essence_now = log_probs[-1]
         if first_log_probs is None:
             first_log_probs = essence_now.detach()
         drift = F.kl_div(first_log_probs, essence_now, log_target=True, reduction="sum")
-        loss = likely + settings.kl_factor * drift + settings.weight_decay * delta.norm() / max(size, 1e-12) ** 2
+        decay = settings.weight_decay * delta.norm() / max(size, 1e-12) ** 2
+        loss = likely + settings.kl_factor * drift + decay.to(likely.device)
         loss_value = loss.item()
         if not torch.isfinite(loss):
             raise NumericsError(f"the target value of edit {edit.id!r} diverged; lower the learning rate or the clamp")

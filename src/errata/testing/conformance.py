@@ -13,8 +13,11 @@ Every check runs on a tiny random model in seconds. `expected_failures={check_na
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +28,12 @@ from torch import Tensor
 
 from errata.adapters import Adapter, AutoAdapter, RoutedAdapter
 from errata.edit import Edit
-from errata.editors import Editor, EditOutcome
-from errata.errors import ArtifactError, BaseMismatchError, ErrataError
+from errata.editors import Editor, EditOutcome, editor_class, editor_names
+from errata.errors import ArtifactError, BaseMismatchError, ConfigError, ErrataError, unknown_name
 from errata.model import EditableModel
+from errata.model.generation import plain_generation
 from errata.model.scoring import forced_answers
-from errata.testing.models import tiny_model
+from errata.testing.models import byte_tokenizer, tiny_hf_model, tiny_model
 
 __all__ = ["EDITS", "UNRELATED", "Case", "check_editor", "conformance_checks"]
 
@@ -43,6 +47,16 @@ EDITS = (
 )
 UNRELATED = ("Berlin was", "Zed was born in", "x")
 _PROMPTS = (*(edit.prompt for edit in EDITS), *UNRELATED, "The capital of Spain")
+# EDITS[0] with another target, and an edit that has nothing to do with any of them.
+_REVISED = Edit(prompt=EDITS[0].prompt, target="Berlin", subject=EDITS[0].subject)
+_ELSEWHERE = Edit(prompt="Zed was born in", target="Berlin", subject="Zed")
+
+# Settings under which the built-in methods write something into a tiny model at once; nothing need take.
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "ft": {"steps": 5},
+    "memoir": {"steps": 5, "contexts": 0, "threshold": 0.3},
+    "rome": {"steps": 5, "contexts": 0, "tokens_per_width": 2.0},
+}
 
 
 def _check(condition: bool, message: str) -> None:
@@ -59,39 +73,66 @@ class Case:
         folder: for scratch files; a temporary one if not given.
     """
 
-    _edited: ClassVar[dict[tuple[Any, str], tuple[Path, EditOutcome]]] = {}
+    _edited: ClassVar[dict[tuple[Any, str], tuple[tempfile.TemporaryDirectory[str], EditOutcome]]] = {}
 
     def __init__(self, make_editor: MakeEditor, family: str = "llama", folder: Path | None = None) -> None:
         self.make_editor, self.family = make_editor, family
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="errata-"))
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="errata-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = folder
 
     def model(self, seed: int = 0) -> EditableModel:
         return tiny_model(self.family, seed)
 
-    def _edit_once(self) -> tuple[Path, EditOutcome]:
-        key = (self.make_editor, self.family)
-        if key not in Case._edited:
-            editor = self.make_editor(self.model())
-            outcome = editor.edit(EDITS)
-            place = Path(tempfile.mkdtemp(prefix="errata-edited-"))
-            editor.adapter.save_pretrained(place)
-            Case._edited[key] = (place, outcome)
-        return Case._edited[key]
+    def _edit_once(self, key: Any, make_editor: MakeEditor, edits: Sequence[Edit]) -> tuple[Path, EditOutcome]:
+        if (key, self.family) not in Case._edited:
+            editor = make_editor(self.model())
+            outcome = editor.edit(edits)
+            place = tempfile.TemporaryDirectory(prefix="errata-edited-")
+            editor.adapter.save_pretrained(place.name)
+            Case._edited[key, self.family] = (place, outcome)
+        place, outcome = Case._edited[key, self.family]
+        return Path(place.name), outcome
+
+    @classmethod
+    def forget(cls, make_editor: MakeEditor | None = None) -> None:
+        """Delete what was edited once with this editor, or with any; done at the end of the process too."""
+        for key in [key for key in cls._edited if make_editor is None or key[0] is make_editor]:
+            cls._edited.pop(key)[0].cleanup()
+
+    def companion(self, name: str) -> Path:
+        """Folder of an adapter of a registered method, which holds an edit of its own."""
+
+        def make(model: EditableModel) -> Editor[Any]:
+            editor: Editor[Any] = editor_class(name)(model, **_COMPANIONS.get(name, {}))
+            return editor
+
+        return self._edit_once(("companion", name), make, [_ELSEWHERE])[0]
 
     @property
     def saved(self) -> Path:
         """Folder of an adapter that holds `EDITS`."""
-        return self._edit_once()[0]
+        return self._edit_once(self.make_editor, self.make_editor, EDITS)[0]
 
     @property
     def outcome(self) -> EditOutcome:
-        return self._edit_once()[1]
+        return self._edit_once(self.make_editor, self.make_editor, EDITS)[1]
 
     @cached_property
     def edited(self) -> tuple[EditableModel, Adapter]:
         """A fresh model with the edited adapter attached."""
         model = self.model()
         return model, AutoAdapter.from_pretrained(self.saved, model=model)
+
+    def editor_with(self, model: EditableModel, **settings: Any) -> Editor[Any]:
+        """The editor with some settings changed."""
+        template = self.make_editor(model)
+        template.adapter.detach()
+        return type(template)(model, dataclasses.replace(template.config, **settings))
+
+
+atexit.register(Case.forget)
 
 
 @torch.no_grad()
@@ -116,15 +157,17 @@ def _same(first: Sequence[Tensor], second: Sequence[Tensor], what: str) -> None:
 def _generate(model: EditableModel, prompts: Sequence[str], **kwargs: Any) -> list[list[int]]:
     """Plain `generate` of the Hugging Face model over a left-padded batch: new tokens only."""
     batch = model.batch([model.passage(prompt) for prompt in prompts], side="left")
-    output = model.model.generate(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        do_sample=False,
-        pad_token_id=model.tokenizer.pad_token_id,
-        **kwargs,
-    )
+    with plain_generation(model.model):
+        output = model.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            eos_token_id=model.tokenizer.eos_token_id,
+            pad_token_id=model.tokenizer.pad_token_id,
+            **kwargs,
+        )
     found: list[list[int]] = output[:, batch.ids.shape[1] :].tolist()
     return found
 
@@ -212,7 +255,14 @@ def revert_one(case: Case) -> None:
     _check(not adapter.holds(edit.id), "the reverted edit is still listed")
     _check(forced_answers(model, passage)[0].probability < before, "the reverted edit is as likely as before")
     if isinstance(adapter, RoutedAdapter):
-        _check(adapter.explain([edit.prompt])[0].edit_id != edit.id, "its prompt is still routed to it")
+        now = adapter.explain([edit.prompt])[0]
+        _check(now.score < 1.0, "what matches its prompt wholly is still stored")
+        if now.fires:
+            _check(now.edit_id is not None and adapter.holds(now.edit_id), f"its prompt is routed to {now.edit_id}")
+        else:
+            attached = _logits(model, [edit.prompt])
+            with adapter.detached():
+                _same(attached, _logits(model, [edit.prompt]), "its prompt matches nothing, yet something acts on it")
     try:
         adapter.revert(edit.id)
     except ErrataError:
@@ -301,24 +351,27 @@ def two_models(case: Case) -> None:
     _same(before, _logits(model, _PROMPTS), "after editing another model")
 
 
-def two_adapters(case: Case) -> None:
-    """Two adapters on one model, taken off in either order, leave the base; each alone is as it was."""
+def beside_other_methods(case: Case) -> None:
+    """Beside an adapter of every registered method: the order of attachment does not matter, and taking either off
+    leaves exactly the other, taking both off exactly the base."""
     model = case.model()
     base = _logits(model, _PROMPTS)
-    other_editor = case.make_editor(model)
-    other_editor.edit([Edit(prompt="Zed was born in", target="Berlin", subject="Zed")])
-    other = other_editor.adapter
-    other_alone = _logits(model, _PROMPTS)
-    first = AutoAdapter.from_pretrained(case.saved, model=model)
-    other.detach()
-    first_alone = _logits(model, _PROMPTS)
-    other.attach(model)
-    first.detach()
-    _same(other_alone, _logits(model, _PROMPTS), "the second adapter alone")
-    other.detach()
-    _same(base, _logits(model, _PROMPTS), "after taking both off")
-    first.attach(model)
-    _same(first_alone, _logits(model, _PROMPTS), "the first adapter alone")
+    mine = AutoAdapter.from_pretrained(case.saved, model=model)
+    mine_alone = _logits(model, _PROMPTS)
+    mine.detach()
+    for name in editor_names():
+        other = AutoAdapter.from_pretrained(case.companion(name), model=model)
+        other_alone = _logits(model, _PROMPTS)
+        mine.attach(model)
+        both = _logits(model, _PROMPTS)
+        other.detach()
+        _same(mine_alone, _logits(model, _PROMPTS), f"after an adapter of {name} that came first was taken off")
+        other.attach(model)
+        _close(both, _logits(model, _PROMPTS), f"attached before against behind an adapter of {name}")
+        mine.detach()
+        _same(other_alone, _logits(model, _PROMPTS), f"an adapter of {name} after this one was taken off")
+        other.detach()
+        _same(base, _logits(model, _PROMPTS), f"after taking off this adapter and one of {name}")
 
 
 def same_seed_same_adapter(case: Case) -> None:
@@ -349,13 +402,68 @@ def same_prompt_again(case: Case) -> None:
     editor = case.make_editor(model)
     editor.edit([EDITS[0], EDITS[0]])
     _check(len(editor.adapter.edits()) == 1, "the same edit is listed twice")
-    changed = Edit(prompt=EDITS[0].prompt, target="Berlin", subject=EDITS[0].subject)
-    outcome = editor.edit([changed])
-    _check(outcome.superseded == [(EDITS[0].id, changed.id)], f"superseded: {outcome.superseded}")
-    _check([e.id for e in editor.adapter.edits()] == [changed.id], "the superseded edit is still listed")
-    new, old = (model.passage(changed.prompt, target) for target in (changed.target, EDITS[0].target))
-    answers = forced_answers(model, [new, old])
-    _check(answers[0].probability > answers[1].probability, "the old target is still the likelier one")
+    outcome = editor.edit([_REVISED])
+    _check(outcome.superseded == [(EDITS[0].id, _REVISED.id)], f"superseded: {outcome.superseded}")
+    _check([e.id for e in editor.adapter.edits()] == [_REVISED.id], "the superseded edit is still listed")
+    _check_in_force(model, _REVISED, EDITS[0])
+
+
+def _check_in_force(model: EditableModel, edit: Edit, instead_of: Edit) -> None:
+    passages = [model.passage(edit.prompt, target) for target in (edit.target, instead_of.target)]
+    answers = forced_answers(model, passages)
+    _check(answers[0].probability > answers[1].probability, f"{instead_of.target!r} is still likelier")
+
+
+def there_and_back(case: Case) -> None:
+    """An edit, another one, a revision of the first, and the first again: it is in force and the newest."""
+    model = case.model()
+    editor = case.make_editor(model)
+    first, other = EDITS[:2]
+    outcome = editor.edit([first, other, _REVISED, first])
+    _check(outcome.superseded == [(first.id, _REVISED.id), (_REVISED.id, first.id)], f"{outcome.superseded}")
+    _check([e.id for e in editor.adapter.edits()] == [other.id, first.id], "the list is not what is in force")
+    _check_in_force(model, first, _REVISED)
+    for edit in (first, other):
+        editor.adapter.revert(edit.id)
+    _check(not editor.adapter.edits(), "edits are left")
+
+
+def conflict_in_a_batch(case: Case) -> None:
+    """Of two edits of one batch with the same prompt the later one holds, and the receipt names the earlier."""
+    model = case.model()
+    editor = case.editor_with(model, batch_size=3)
+    outcome = editor.edit([EDITS[0], EDITS[1], _REVISED])
+    _check(not outcome.refused, f"refused {outcome.refused}")
+    _check(outcome.superseded == [(EDITS[0].id, _REVISED.id)], f"superseded: {outcome.superseded}")
+    _check([e.id for e in editor.adapter.edits()] == [EDITS[1].id, _REVISED.id], "the list is not what is in force")
+    _check_in_force(model, _REVISED, EDITS[0])
+
+
+def unrelated_prompts_are_apart(case: Case) -> None:
+    """A prompt that has nothing to do with any edit is answered as before, or at least matches no edit as its own
+    prompt does."""
+    model, adapter = case.edited
+    own = min(explained.score for explained in adapter.explain([edit.prompt for edit in EDITS]))
+    edited = _generate(model, UNRELATED)
+    explained = adapter.explain(UNRELATED)
+    with adapter.detached():
+        base = _generate(model, UNRELATED)
+    for prompt, now, before, one in zip(UNRELATED, edited, base, explained, strict=True):
+        _check(now == before or one.score < own, f"{prompt!r} is answered anew, and matches {one.edit_id} wholly")
+
+
+def half_precision(case: Case) -> None:
+    """In bfloat16 an edit is applied, or refused with a reason; the logits stay finite and detaching is bit-exact."""
+    model = EditableModel(tiny_hf_model(case.family).to(torch.bfloat16), byte_tokenizer(), model_id="half")
+    base = _logits(model, _PROMPTS)
+    editor = case.make_editor(model)
+    outcome = editor.edit(EDITS[:1])
+    _check(len(outcome.applied) + len(outcome.refused) == 1, "the edit vanished")
+    _check(all(refused.reason for refused in outcome.refused), "refused without a reason")
+    _check(all(e.probability_after > e.probability_before for e in outcome.applied), "it is no likelier than before")
+    _check(all(bool(torch.isfinite(logits).all()) for logits in _logits(model, _PROMPTS)), "logits are not finite")
+    editor.adapter.detach()
+    _same(base, _logits(model, _PROMPTS), "after detach")
 
 
 def unusual_targets(case: Case) -> None:
@@ -430,8 +538,7 @@ def calls_equal_one_call(case: Case) -> None:
 
 def tail_equals_full(case: Case) -> None:
     """Training through the tail gives what training through whole forward passes gives."""
-    template = case.make_editor(case.model())
-    config = template.config
+    config = case.make_editor(case.model()).config
     fields = {f.name for f in dataclasses.fields(config)}
     if "full_forward" not in fields:
         return
@@ -440,8 +547,7 @@ def tail_equals_full(case: Case) -> None:
     found = []
     for full in (False, True):
         model = case.model()
-        editor = type(template)(model, dataclasses.replace(config, full_forward=full, **few))
-        editor.edit(EDITS[:1])
+        case.editor_with(model, full_forward=full, **few).edit(EDITS[:1])
         found.append(_logits(model, _PROMPTS))
     _close(found[0], found[1], "tail against full forward", 1e-3)
 
@@ -463,15 +569,19 @@ _CHECKS: tuple[Callable[[Case], None], ...] = (
     greedy_equals_teacher_forcing,
     train_and_eval,
     two_models,
-    two_adapters,
+    beside_other_methods,
+    unrelated_prompts_are_apart,
     same_seed_same_adapter,
     empty_list,
     same_prompt_again,
+    there_and_back,
+    conflict_in_a_batch,
     unusual_targets,
     prompt_without_subject,
     wrong_base_is_refused,
     damaged_file_is_refused,
     tail_equals_full,
+    half_precision,
 )
 
 
@@ -494,18 +604,30 @@ def check_editor(
 
     Raises:
         AssertionError: naming each check and family that failed, with what was seen.
+        ConfigError: there is no check of the name of an expected failure.
     """
     expected = dict(expected_failures or {})
+    known = {check.__name__ for check in _CHECKS}
+    for name in expected:
+        if name not in known:
+            raise ConfigError(unknown_name("check", name, known))
     problems = []
-    for family in families:
-        for check in _CHECKS:
-            try:
-                check(Case(make_editor, family))
-            except AssertionError as error:
-                if check.__name__ not in expected:
-                    problems.append(f"{check.__name__} on {family}: {error}")
-            else:
-                if check.__name__ in expected:
-                    problems.append(f"{check.__name__} on {family} was expected to fail and passed")
+    try:
+        for family in families:
+            for check in _CHECKS:
+                name = check.__name__
+                with tempfile.TemporaryDirectory(prefix="errata-") as folder:
+                    try:
+                        check(Case(make_editor, family, Path(folder)))
+                    except Exception as error:
+                        if name not in expected:
+                            # A failed check speaks for itself; anything else is named by its type.
+                            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                            problems.append(f"{name} on {family}: {kind}{error}")
+                    else:
+                        if name in expected:
+                            problems.append(f"{name} on {family} was expected to fail and passed")
+    finally:
+        Case.forget(make_editor)
     if problems:
         raise AssertionError("\n".join(problems))
