@@ -18,7 +18,9 @@ lint: .venv/.errata-dev
 types: .venv/.errata-dev
 	$(BIN)/mypy
 
-# torch first and by its exact version: an open range would fetch the newest build with its CUDA libraries.
+# torch first, in the version of constraints.txt, so that the next line finds it and leaves it alone. Which build of that
+# version comes is up to the package index: PyPI's for Linux on x86 brings several GB of CUDA libraries. Without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small one.
 .venv/.errata: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch

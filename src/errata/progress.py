@@ -82,12 +82,12 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
 
     columns: list[Any] = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     ]
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from errata.cli.app import app
+from errata.cli.app import app, main
 from errata.testing import byte_tokenizer, tiny_hf_model
 
 EDITS = [
@@ -50,7 +50,7 @@ def run(*arguments: str, fails: bool = False) -> Any:
 
 
 def words(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -68,8 +68,54 @@ def test_edit_then_evaluate_a_checkpoint_from_a_path(model: str, edits: str, tmp
     assert measured["reliability"]["teacher_forced"] > measured["unedited"]["reliability"]["teacher_forced"]
     assert measured["perplexity"].keys() == {"before", "after"}
     assert measured["portability"]["generated"] is None
+    assert [control["name"] for control in measured["controls"]] == ["random content (ft)", "no-op (ft)"]
+    assert all({"reliability", "locality", "perplexity"} <= control.keys() for control in measured["controls"])
+    assert measured["provenance"]["settings"]["learning_rate"] == 0.01
+    arguments = ["evaluate", "--model", model, "--adapter", adapter, "--edits", edits, "--max-new-tokens", "4"]
+    shown = words(*arguments)
+    assert "random content (ft): locality" in shown
+    assert "with no-op (ft):" in shown
+    assert "no-op" not in words(*arguments, "--no-controls")
     unedited = run("evaluate", "--model", model, "--edits", edits, "--max-new-tokens", "4")
     assert unedited["locality"]["generated"] == 1.0
+    assert unedited["controls"] == []
+    assert unedited["provenance"]["settings"] is None
+
+
+def test_a_collapsed_model_still_gives_its_json(model: str, edits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.model import EditableModel
+
+    monkeypatch.setattr(EditableModel, "perplexity", lambda *_: float("inf"))
+    measured = run("evaluate", "--model", model, "--edits", edits, "--max-new-tokens", "4")
+    assert measured["perplexity"] == {"before": None, "after": None}
+
+
+def test_prompts_and_answers_are_shown_as_they_are(model: str, tmp_path: Path) -> None:
+    """What looks like rich's markup, or its emoji names, is text."""
+    odd = "[INST] hi :smile: [/INST]"
+    edit = {"id": "[/x]", "prompt": odd, "target": "[bold]", "locality": [{"prompt": "a [/b]", "kind": "[/kind]"}]}
+    path = tmp_path / "edits.jsonl"
+    path.write_text(json.dumps(edit) + "\n", encoding="utf-8")
+    adapter = str(tmp_path / "adapter")
+    run("edit", "--model", model, "--edits", str(path), "--out", adapter, "--method", "ft", "--set", "steps=2")
+    for arguments in (
+        ["generate", "--model", model, "--adapter", adapter, "--max-new-tokens", "2", odd],
+        ["explain", "--model", model, "--adapter", adapter, odd],
+    ):
+        assert odd in words(*arguments)
+    measured = words(
+        "evaluate",
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        "--edits",
+        str(path),
+        "--max-new-tokens",
+        "2",
+        "--no-controls",
+    )
+    assert "[/kind]" in measured
 
 
 def test_edit_goes_on_with_what_is_missing(model: str, edits: str, tmp_path: Path) -> None:
@@ -83,7 +129,34 @@ def test_edit_goes_on_with_what_is_missing(model: str, edits: str, tmp_path: Pat
     error = run(
         "edit", "--model", model, "--edits", edits, "--out", adapter, "--method", "ft", "--set", "steps=3", fails=True
     )
-    assert "other settings" in error["error"]["message"]
+    assert "other settings (steps: there 60, here 3)" in error["error"]["message"]
+    # A default, given by name, is no other setting.
+    again = run("edit", "--model", model, "--edits", edits, "--out", adapter, "--method", "ft", "--seed", "0")
+    assert again["edits_applied"] == 0
+    assert again["provenance"]["settings"]["steps"] == 60
+    error = run("edit", "--model", model, "--edits", edits, "--out", adapter, "--method", "rome", fails=True)
+    assert "holds an adapter of 'ft', which 'rome' cannot go on with" in error["error"]["message"]
+
+
+def test_repeating_an_edit_does_not_bring_superseded_ones_back(model: str, tmp_path: Path) -> None:
+    targets = {"x": "Rome", "y": "Berlin", "z": "Oslo"}
+    records = [{"id": name, "prompt": "The capital of  France", "target": target} for name, target in targets.items()]
+    path = tmp_path / "edits.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [EDITS[1], *records]), encoding="utf-8")
+    adapter = str(tmp_path / "adapter")
+    arguments = ["edit", "--model", model, "--edits", str(path), "--out", adapter, *FT]
+    first = run(*arguments)
+    assert (first["edits_applied"], first["edits_held"]) == (4, 2)
+    second = run(*arguments)
+    assert (second["edits_applied"], second["edits_held"]) == (0, 2)
+    assert second["memory_version"] == first["memory_version"]
+    # An earlier part of the file, alone, is another file: its last word counts.
+    earlier = run(*arguments, "--limit", "2")
+    assert earlier["edits_applied"] == 1
+    # An edit given again with another target is another edit.
+    path.write_text(json.dumps({**EDITS[1], "target": "Carol"}) + "\n", encoding="utf-8")
+    changed = run(*arguments)
+    assert (changed["edits_applied"], changed["edits_held"]) == (1, 2)
 
 
 def test_generate_shows_before_and_after(model: str, edits: str, tmp_path: Path) -> None:
@@ -115,12 +188,15 @@ def test_compare_prints_rows_and_resumes(model: str, edits: str, tmp_path: Path)
     out = str(tmp_path / "compare")
     arguments = ["compare", "--model", model, "--methods", "ft", "--edits", edits, "--checkpoints", "1,3", "--out", out]
     arguments += ["--set", "ft.learning_rate=0.01", "--set", "ft.steps=40", "--max-new-tokens", "3", "--no-controls"]
-    rows = run(*arguments)["rows"]
+    found = run(*arguments)
+    rows = found["rows"]
+    assert found["provenance"]["settings"]["ft"]["steps"] == 40
     assert [(row["method"], row["edits"]) for row in rows] == [("unedited", 1), ("unedited", 3), ("ft", 1), ("ft", 3)]
     wanted = {"method", "edits", "reliability", "generalization", "locality", "perplexity", "seconds_per_edit"}
     assert all(wanted <= row.keys() for row in rows)
     assert run(*arguments)["rows"] == rows
     assert "comparison.png" in words(*arguments)
+    assert run(*arguments, "--checkpoints", "1,3,9")["notes"] == ["there are 3 edits: asked at 3 instead of 9"]
 
 
 def test_methods_and_doctor_describe(model: str) -> None:
@@ -171,7 +247,39 @@ def test_doctor_explains_a_model_it_cannot_take(tmp_path: Path) -> None:
         ),
         (["compare", "--methods", "ft,rom"], "ConfigError", "Did you mean 'rome'"),
         (["compare", "--checkpoints", "1,many"], "ConfigError", "whole numbers"),
+        (["compare", "--checkpoints", "0,10"], "ConfigError", "from 1 up"),
+        (["compare", "--checkpoints", ""], "ConfigError", "from 1 up"),
         (["compare", "--model", "{model}"], "ConfigError", "only atlas brings its own"),
+        (["compare", "--model", "atlas_x"], "ConfigError", "only atlas brings its own"),
+        (["compare", "--methods", ""], "ConfigError", "ft, memoir, rome"),
+        (["compare", "--methods", "", "--set", "x.y=1"], "ConfigError", "ft, memoir, rome"),
+        (["compare", "--out", "{edits}"], "ConfigError", "is a file"),
+        (["edit", "--edits", "{edits}", "--model", "no/such/model", "--out", "{edits}"], "ConfigError", "is a file"),
+        (["edit", "--edits", "{edits}", "--model", "no/such/model", "--out", "{edits}/x"], "ConfigError", "is a file"),
+        (["demo", "--out", "{edits}"], "ConfigError", "is a file"),
+        (["atlas", "train", "--out", "{edits}"], "ConfigError", "is a file"),
+        (["atlas", "train", "--minutes", "0", "--out", "{out}"], "ConfigError", "more than 0"),
+        (["atlas", "train", "--steps", "0", "--out", "{out}"], "ConfigError", "at least 1"),
+        (["atlas", "train", "--instruct", "--steps", "0", "--out", "{out}"], "ConfigError", "at least 1"),
+        (
+            [
+                "edit",
+                "--edits",
+                "{edits}",
+                "--model",
+                "{model}",
+                "--method",
+                "ft",
+                "--set",
+                "steps=abc",
+                "--out",
+                "{out}",
+            ],
+            "ConfigError",
+            "setting steps is 'abc'; expected a whole number",
+        ),
+        (["doctor", "{model}", "--device", "foo"], "ConfigError", "unknown device 'foo'"),
+        (["doctor", "{model}", "--dtype", "float23"], "ConfigError", "Did you mean 'float32'"),
         (["bench", "tial"], "ConfigError", "Did you mean 'tail'"),
         (["demo", "--edits", "0"], "ConfigError", "at least 1"),
         (["demo", "--edits", "100000"], "ConfigError", "cannot be edited"),
@@ -181,10 +289,88 @@ def test_doctor_explains_a_model_it_cannot_take(tmp_path: Path) -> None:
         (["explain", "--adapter", "nowhere", "x"], "ArtifactError", "holds no adapter"),
     ],
 )
-def test_bad_input_gets_one_clear_error(model: str, edits: str, arguments: list[str], kind: str, message: str) -> None:
-    error = run(*(a.format(model=model, edits=edits) for a in arguments), fails=True)["error"]
+def test_bad_input_gets_one_clear_error(
+    model: str, edits: str, tmp_path: Path, arguments: list[str], kind: str, message: str
+) -> None:
+    out = str(tmp_path / "out")
+    error = run(*(a.format(model=model, edits=edits, out=out) for a in arguments), fails=True)["error"]
     assert error["type"] == kind
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "--edits", "{edits}", "--limit", "0"], "'--limit'"),
+        (["edit", "--edits", "{edits}", "--batch-size", "0"], "'--batch-size'"),
+        (["edit"], "'--edits'"),
+        (["evaluate", "--nonsense"], "No such option: --nonsense"),
+        (["nonsense"], "No such command 'nonsense'"),
+        ([], "No such option: --json"),
+    ],
+)
+def test_a_command_line_that_is_not_understood_gets_its_object_too(
+    edits: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    given = [a.format(edits=edits) for a in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--json"])
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    error = json.loads(shown.out)["error"]
+    assert error["type"] == "UsageError"
+    assert message in error["message"]
+    assert "--help" in shown.err
+    if given:
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, "--", "--json"])
+        assert capsys.readouterr().out == ""
+
+
+def test_commands_leave_with_their_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    with pytest.raises(SystemExit) as left:
+        main(["methods", "--json"])
+    assert not left.value.code
+    with pytest.raises(SystemExit, match="1"):
+        main(["bench", "tial", "--json"])
+    capsys.readouterr()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("errata.cli.measuring.compare", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["compare", "--json"])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["type"] == "Interrupted"
+    assert "finished rows are kept" in shown.err
+
+
+def test_a_folder_that_cannot_be_written_is_named(model: str, edits: str, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    (out / "adapter_model.safetensors").mkdir(parents=True)
+    error = run("edit", "--model", model, "--edits", edits, "--out", str(out), *FT, fails=True)["error"]
+    assert error["type"] == "ArtifactError"
+    assert str(out) in error["message"]
+    folder = tmp_path / "compare"
+    (folder / "comparison.json").mkdir(parents=True)
+    error = run("compare", "--model", model, "--edits", edits, "--methods", "ft", "--out", str(folder), fails=True)
+    assert error["error"]["type"] == "ArtifactError"
+    assert str(folder) in error["error"]["message"]
+
+
+def test_compare_takes_no_more_of_atlas_than_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from errata.errors import ConfigError
+
+    def asked_for(count: int, seed: int) -> None:
+        raise ConfigError(f"{count} asked for")
+
+    monkeypatch.setattr("errata.atlas.edits.world_edits", asked_for)
+    arguments = ["compare", "--checkpoints", "1,100", "--out", str(tmp_path)]
+    assert run(*arguments, "--limit", "7", fails=True)["error"]["message"] == "7 asked for"
+    assert run(*arguments, fails=True)["error"]["message"] == "100 asked for"
 
 
 def test_bad_lines_are_reported_counted_and_skipped(model: str, tmp_path: Path) -> None:
@@ -266,8 +452,35 @@ def test_the_demo_runs_from_one_line(tmp_path: Path) -> None:
     assert found["perplexity"].keys() == {"before", "after"}
     assert Path(found["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [control["name"] for control in found["controls"]] == ["random content (memoir)", "no-op (memoir)"]
+    assert found["prepare_seconds"] > 0, "the background mean and the threshold are computed before the first edit"
+    assert found["provenance"]["settings"]["steps"] == 15
     shown = words("generate", "--adapter", found["adapter"], "The capital of France is")
     assert "Paris" in shown
+
+
+def test_the_live_table_counts_every_edit_of_a_batch() -> None:
+    from rich.console import Console
+
+    from errata.cli.demo import _LiveTable
+    from errata.edit import Edit
+    from errata.editors import AppliedEdit, EditOutcome, RefusedEdit
+
+    class Asked:
+        def base_answer(self, prompt: str) -> str:
+            return "[/red] it was"
+
+    edits = [Edit(id=str(n), prompt=f"[/INST] {n}", target=f"[{n}]") for n in range(5)]
+    table = _LiveTable(edits, Asked())  # type: ignore[arg-type]
+    written = [AppliedEdit(str(n), took, 0.0, 1.0) for n, took in enumerate([True, False, True])]
+    table.show(3, EditOutcome(applied=written))
+    table.show(5, last := EditOutcome(applied=[AppliedEdit("3", True, 0.0, 1.0)], refused=[RefusedEdit("4", "why")]))
+    assert table.took == 3
+    console = Console(width=200)
+    with console.capture() as caught:
+        console.print(table.table(5, last))
+    shown = caught.get()
+    for text in ("5 of 5 edits, 3 took", "[/INST] 0", "[/red] it was", "[0] took", "[1] not yet", "[4] refused"):
+        assert text in shown
 
 
 def test_atlas_info_prints_what_was_recorded() -> None:

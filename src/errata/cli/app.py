@@ -6,13 +6,14 @@ Nothing heavy is imported here: `errata --help` must answer at once. Each comman
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from errata import __version__
-from errata.cli.output import guarded
+from errata.cli.output import error_object, guarded
 
 __all__ = ["app", "main"]
 
@@ -46,7 +47,7 @@ def root(
 
 
 @atlas_app.command("train")
-@guarded
+@guarded(kept="the last saved state is kept, and the same command goes on from it")
 def atlas_train(
     size: Annotated[str, typer.Option(help="small, base (the shipped one) or large.")] = "base",
     minutes: Annotated[
@@ -54,7 +55,12 @@ def atlas_train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Train for exactly this many steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of documents.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is resumed.")] = Path("errata-atlas"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run, errata-atlas or errata-atlas-instruct if not given; a run found there is resumed."
+        ),
+    ] = None,
     instruct: Annotated[
         bool, typer.Option("--instruct", help="Train the instruction-tuned variant on top of the shipped base instead.")
     ] = False,
@@ -63,11 +69,11 @@ def atlas_train(
     """Train an atlas: deterministic, resumable after a kill, with a learning curve."""
     from errata.cli.atlas import train
 
-    train(size, minutes, steps, seed, out, instruct, as_json, "errata " + " ".join(sys.argv[1:]))
+    train(size, minutes, steps, seed, out, instruct, as_json)
 
 
 @atlas_app.command("info")
-@guarded
+@guarded()
 def atlas_info(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder written by atlas train; the shipped checkpoint if not given.")
@@ -100,7 +106,7 @@ Text = Annotated[Path | None, typer.Option(help="Held-out text for perplexity; e
 
 
 @app.command()
-@guarded
+@guarded(kept="a demo begins anew the next time")
 def demo(
     method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
     edits: Annotated[int, typer.Option(help="How many facts to correct.")] = 100,
@@ -116,7 +122,7 @@ def demo(
 
 
 @app.command()
-@guarded
+@guarded(kept="what was saved, every 100 edits, is kept, and the same command goes on with the rest")
 def edit(
     edits: EditsFile,
     model: ModelName = "atlas",
@@ -140,14 +146,17 @@ def edit(
 
 
 @app.command()
-@guarded
+@guarded()
 def evaluate(
     edits: EditsFile,
     model: ModelName = "atlas",
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; the unedited model if not given.")] = None,
     limit: Limit = None,
     text: Text = None,
-    max_new_tokens: MaxNewTokens = 20,
+    controls: Annotated[
+        bool, typer.Option(help="Also measure random content and no-op edits; these are written, which takes a while.")
+    ] = True,
+    max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -156,11 +165,11 @@ def evaluate(
     """Measure reliability, generalization, locality and portability of an adapter, and perplexity."""
     from errata.cli.measuring import evaluate as run
 
-    run(model, adapter, edits, limit, text, max_new_tokens, strict, device, dtype, as_json)
+    run(model, adapter, edits, limit, text, controls, max_new_tokens, strict, device, dtype, as_json)
 
 
 @app.command()
-@guarded
+@guarded(kept="finished rows are kept, and the same command goes on with the others")
 def compare(
     methods: Annotated[str, typer.Option(help="Methods with commas between them.")] = "ft,rome,memoir",
     edits: Annotated[Path | None, typer.Option(help="File of edits; on atlas, its own world if not given.")] = None,
@@ -176,7 +185,7 @@ def compare(
         list[str] | None, typer.Option("--set", help="A setting of one method: method.name=value.")
     ] = None,
     controls: Annotated[bool, typer.Option(help="Also run no-op edits and random content.")] = True,
-    max_new_tokens: MaxNewTokens = 20,
+    max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -192,7 +201,7 @@ def compare(
 
 
 @app.command()
-@guarded
+@guarded()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: ModelName = "atlas",
@@ -209,7 +218,7 @@ def generate(
 
 
 @app.command()
-@guarded
+@guarded()
 def explain(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     adapter: Annotated[Path, typer.Option(help="Folder of an adapter.")],
@@ -227,7 +236,7 @@ def explain(
 
 
 @app.command()
-@guarded
+@guarded()
 def methods(as_json: AsJson = False) -> None:
     """The editing methods and their settings."""
     from errata.cli.looking import methods as run
@@ -236,7 +245,7 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command()
-@guarded
+@guarded()
 def bench(
     name: Annotated[str, typer.Argument(help="The benchmark: tail.")],
     as_json: AsJson = False,
@@ -248,7 +257,7 @@ def bench(
 
 
 @app.command()
-@guarded
+@guarded()
 def doctor(
     model: Annotated[str, typer.Argument(help="A folder, a Hugging Face hub id, or atlas.")],
     device: Device = None,
@@ -261,6 +270,26 @@ def doctor(
     run(model, device, dtype, as_json)
 
 
-def main() -> None:
-    """Entry point of the `errata` command."""
-    app()
+# Click's class for what is wrong with a command line, or Typer's own copy of it, whichever this Typer is made with.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the `errata` command; `arguments` are those of the command line if not given.
+
+    A command line that is not understood leaves with status 2; with --json it too is answered with a JSON object.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(given, prog_name="errata", standalone_mode=False)
+    except _UsageError as error:
+        from typer.rich_utils import rich_format_error
+
+        rich_format_error(error)
+        if "--json" in given[: given.index("--") if "--" in given else None]:
+            error_object("UsageError", error.format_message())
+        status = 2
+    except typer.Abort:
+        typer.echo("aborted", err=True)
+        status = 1
+    sys.exit(status)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from errata.cli.common import quiet
+from errata.cli.common import check_out, quiet
 from errata.cli.output import emit, log
 from errata.errors import ArtifactError, ConfigError
 from errata.progress import progress_bar
@@ -19,23 +19,31 @@ def train(
     minutes: float | None,
     steps: int | None,
     seed: int,
-    out: Path,
+    out: Path | None,
     instruct: bool,
     as_json: bool,
-    command: str,
 ) -> None:
     if minutes is not None and steps is not None:
         raise ConfigError("give either --minutes or --steps, not both")
+    if instruct and (minutes is not None or size != "base"):
+        raise ConfigError("--instruct tunes the shipped base and takes --steps, not --minutes or --size")
+    out = out or Path("errata-atlas-instruct" if instruct else "errata-atlas")
+    check_out(out)
     quiet()
     record: dict[str, Any]
+    # For the provenance: what makes the run again, wherever it is put.
+    command = f"errata atlas train {'--instruct' if instruct else f'--size {size}'} --seed {seed}"
+    command += "" if steps is None else f" --steps {steps}"
+    command += "" if minutes is None else f" --minutes {minutes:g}"
     if instruct:
         from errata.atlas.instruct import train_instruct
 
-        if minutes is not None or size != "base":
-            raise ConfigError("--instruct tunes the shipped base and takes --steps, not --minutes or --size")
         with progress_bar() as progress:
-            record = train_instruct(out, steps=steps or 600, seed=seed, progress=progress)
-        log(f"{record['steps']} steps in {record['seconds'] / 60:.1f} minutes; factors in {out}")
+            record = train_instruct(
+                out, steps=600 if steps is None else steps, seed=seed, command=command, progress=progress
+            )
+        log(f"{record['steps']} steps in {record['training_seconds'] / 60:.1f} minutes")
+        log(f"factors, provenance and learning curve in {out}")
     else:
         from errata.atlas.examine import scorecard
         from errata.atlas.shipped import open_checkpoint
@@ -56,7 +64,7 @@ def info(checkpoint: Path | None, recorded: bool, as_json: bool) -> None:
     from errata.atlas.shipped import checkpoint_folder, open_checkpoint
 
     folder = checkpoint or checkpoint_folder()
-    if not (folder / "provenance.json").is_file():
+    if not all((folder / name).is_file() for name in ("provenance.json", "model.safetensors")):
         raise ArtifactError(f"{folder} holds no finished atlas; give a folder that errata atlas train has written")
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     scores: dict[str, Any] = provenance.pop("scores", {})
@@ -71,6 +79,7 @@ def info(checkpoint: Path | None, recorded: bool, as_json: bool) -> None:
 
     def words() -> None:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         console = Console()
@@ -105,7 +114,7 @@ def info(checkpoint: Path | None, recorded: bool, as_json: bool) -> None:
         console.print(table)
         console.print(f"perplexity of held-out prose {scores['prose_perplexity']:.3f}")
         console.print(
-            f"made by [italic]{provenance['command']}[/] at revision {provenance['git_revision']}: "
+            f"made by [italic]{escape(provenance['command'])}[/] at revision {provenance['git_revision']}: "
             f"{provenance['steps']:,} steps, {provenance['training_tokens'] / 1e6:.0f}M tokens, "
             f"{provenance['training_seconds'] / 60:.0f} minutes"
         )

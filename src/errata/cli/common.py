@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.cli.output import log
-from errata.errors import ConfigError
+from errata.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from errata.adapters import Adapter
     from errata.datasets import EditFile
     from errata.model import EditableModel
 
-__all__ = ["load_adapter", "load_edits", "load_model", "load_texts", "parse_numbers", "parse_settings", "quiet"]
+__all__ = [
+    "check_out",
+    "load_adapter",
+    "load_edits",
+    "load_model",
+    "load_texts",
+    "parse_numbers",
+    "parse_settings",
+    "quiet",
+    "save_adapter",
+]
 
 
 def quiet() -> None:
@@ -24,6 +35,32 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def check_out(folder: Path) -> None:
+    """Before long work: whether its results can be written to a folder, which may have to be made.
+
+    Raises:
+        ConfigError: the name or one above it is a file's.
+        ArtifactError: writing there is not allowed.
+    """
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"--out {folder} cannot be a folder: {place} is a file; give another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(f"--out {folder} cannot be written: no permission for {place}; give another --out")
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Raises ArtifactError, naming the folder, when the disk is full or does not let us write."""
+    from safetensors import SafetensorError
+
+    try:
+        adapter.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"the adapter cannot be written to {folder}: {error}") from error
 
 
 def load_model(name: str, device: str | None = None, dtype: str | None = None) -> EditableModel:
@@ -74,10 +111,13 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """ "1,10,100" as numbers."""
+    """ "1,10,100" as numbers of one or more."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
         raise ConfigError(
-            f"{option} {text!r} is not understood; write whole numbers with commas, as in 1,10,100"
-        ) from error
+            f"{option} {text!r} is not understood; write whole numbers from 1 up with commas, as in 1,10,100"
+        )
+    return numbers

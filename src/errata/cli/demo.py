@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.cli.common import parse_settings, quiet
-from errata.cli.output import emit, log
+from errata.cli.common import check_out, parse_settings, quiet, save_adapter
+from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
 from errata.progress import progress_bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from errata.edit import Edit
     from errata.editors import EditOutcome
     from errata.evaluation import Examination
@@ -29,7 +31,7 @@ class _LiveTable:
 
         self.edits, self.examination = edits, examination
         self.console = Console(stderr=True)
-        self.rows: list[tuple[str, str, str, str]] = []
+        self.rows: list[tuple[str, Edit, str, str, str]] = []
         self.took = 0
         self.live = Live(console=self.console, refresh_per_second=8) if self.console.is_terminal else None
 
@@ -43,27 +45,37 @@ class _LiveTable:
             self.live.stop()
 
     def show(self, done: int, outcome: EditOutcome) -> None:
-        """Called after every edit."""
-        from rich.table import Table
+        """Called after every batch: `done` edits were made, the last of them with this outcome."""
+        first = len(self.rows)
+        applied = {a.edit_id: a for a in outcome.applied}
+        self.took += sum(a.took for a in outcome.applied)
+        for number, edit in enumerate(self.edits[first:done], start=first + 1):
+            before = self.examination.base_answer(edit.prompt).strip()
+            if edit.id in applied:
+                mark, style = ("took", "green") if applied[edit.id].took else ("not yet", "yellow")
+            else:
+                mark, style = "refused", "red"
+            self.rows.append((str(number), edit, before, mark, style))
+        if self.live is not None:
+            self.live.update(self.table(done, outcome))
+        elif done // 10 > first // 10 or done == len(self.edits):
+            edit, before = self.rows[-1][1:3]
+            log(f"edit {done}/{len(self.edits)}: {edit.prompt} {before} -> {edit.target}; {self.took} took so far")
 
-        edit = self.edits[done - 1]
-        took = bool(outcome.applied) and outcome.applied[-1].took
-        self.took += took
-        before = self.examination.base_answer(edit.prompt).strip()
-        mark = "[green]took[/]" if took else "[red]refused[/]" if outcome.refused else "[yellow]not yet[/]"
-        self.rows.append((str(done), edit.prompt, before, f"{edit.target} {mark}"))
-        if self.live is None:
-            if done % 10 == 0 or done == len(self.edits):
-                log(f"edit {done}/{len(self.edits)}: {edit.prompt} {before} -> {edit.target}; {self.took} took so far")
-            return
+    def table(self, done: int, outcome: EditOutcome) -> Table:
+        """The last edits; what prompts and answers hold is never read as markup."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(
             title=f"{done} of {len(self.edits)} edits, {self.took} took, {outcome.seconds_per_edit:.2f} s for the last"
         )
         for column in ("#", "prompt", "atlas said", "corrected to"):
             table.add_column(column, overflow="fold")
-        for row in self.rows[-_SHOWN:]:
-            table.add_row(*row)
-        self.live.update(table)
+        for number, edit, before, mark, style in self.rows[-_SHOWN:]:
+            corrected = Text.assemble(edit.target, " ", (mark, style))
+            table.add_row(number, Text(edit.prompt), Text(before), corrected)
+        return table
 
 
 def demo(
@@ -82,38 +94,36 @@ def demo(
     from errata.atlas.shipped import shipped_provenance
     from errata.datasets.builtin import held_out_texts
     from errata.editors import editor_class
-    from errata.evaluation import Examination, run_sequence
+    from errata.evaluation import Examination, run_provenance, run_sequence
     from errata.evaluation.controls import no_op_control, random_control
+    from errata.evaluation.metrics import finite_or_none
     from errata.evaluation.report import RunReport, write_report
     from errata.model import EditableModel
 
     cls = editor_class(method)
     given = parse_settings(settings)
-    try:
-        edits = world_edits(count, seed=seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_out(out)
+    edits = world_edits(count, seed=seed)
     texts = held_out_texts()
     log("loading atlas, the model that comes with errata")
     model = EditableModel.load("atlas")
     examination = Examination(model, edits)
     with progress_bar() as progress:
-        examination.ask_base(progress=progress)
-        before = examination.ask(progress=progress)
+        before = examination.ask_unedited(progress)
         perplexity_before = model.perplexity(texts)
         editor = cls(model, **given)
-        editor.prepare(progress)
+        prepared = editor.prepare(progress)
     checkpoints = sorted({c for c in (1, 10, 25, 50, 100, 200, 300, 500, 1000) if c < count} | {count})
     records: list[dict[str, Any]] = []
     with _LiveTable(edits, examination) as table:
         for checkpoint, _ in run_sequence(editor, examination, checkpoints, texts=texts, after_edit=table.show):
-            records.append(checkpoint.to_record())
+            records.append(checkpoint.to_record() | {"prepare_seconds": checkpoint.prepare_seconds + prepared})
     last = checkpoint
     log("baselines: random content of the same norm, and edits that say nothing new")
     with progress_bar() as progress:
         controls = [random_control(editor.adapter, examination, texts, progress=progress)]
         out.mkdir(parents=True, exist_ok=True)
-        editor.adapter.save_pretrained(out / "adapter")
+        save_adapter(editor.adapter, out / "adapter")
         editor.adapter.detach()
         controls.append(no_op_control(cls(model, editor.config), examination, texts, progress))
     provenance = shipped_provenance()
@@ -148,16 +158,18 @@ def demo(
     )
     record = {
         "method": method,
-        **last.to_record(),
-        "perplexity": {"before": perplexity_before, "after": last.perplexity},
+        **records[-1],
+        "perplexity": {"before": finite_or_none(perplexity_before), "after": finite_or_none(last.perplexity)},
         "controls": [control.to_record() for control in controls],
         "report": str(report),
         "adapter": str(out / "adapter"),
+        "provenance": run_provenance(model, editor.config),
     }
 
     def words() -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = Console()
         table = Table(title="a few of them", show_lines=True)
@@ -168,11 +180,10 @@ def demo(
             lines = [(asked.edit.prompt, "edited"), *((t, "another wording") for t in asked.edit.rephrases[:1])]
             lines += [(p.prompt, "must not change") for p in asked.edit.locality[:1]]
             for prompt, role in lines:
-                table.add_row(
-                    f"{prompt}\n[dim]{role}[/]", said_before[asked.edit.id][prompt].strip(), asked.said[prompt].strip()
-                )
+                said = plain(said_before[asked.edit.id][prompt].strip(), asked.said[prompt].strip())
+                table.add_row(Text.assemble(prompt, "\n", (role, "dim")), *said)
         console.print(table)
-        scores = Table(title=f"{count} edits by {method}, all asked after the last one")
+        scores = Table(title=Text(f"{count} edits by {method}, all asked after the last one"))
         for column in ("", "generated", "teacher-forced", "unedited"):
             scores.add_column(column, justify="left" if not column else "right")
         for name in ("reliability", "generalization", "locality", "portability"):
@@ -184,7 +195,7 @@ def demo(
         console.print(scores)
         change = last.perplexity / perplexity_before - 1
         print(f"perplexity of held-out prose {perplexity_before:.3f} -> {last.perplexity:.3f} ({change:+.2%})")
-        print(f"{last.seconds_per_edit:.2f} s per edit, {last.prepare_seconds:.1f} s of preparation")
+        print(f"{last.seconds_per_edit:.2f} s per edit, {record['prepare_seconds']:.1f} s of preparation")
         print(f"report: {report}")
 
     emit(record, as_json, words)

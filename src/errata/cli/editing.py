@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from errata.cli.common import load_adapter, load_edits, load_model, parse_settings
-from errata.cli.output import emit, log
+from errata.cli.common import check_out, load_adapter, load_edits, load_model, parse_settings, save_adapter
+from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
 from errata.progress import progress_bar
+
+if TYPE_CHECKING:
+    from errata.adapters import Adapter
+    from errata.edit import Edit
+    from errata.editors import EditorConfig
+    from errata.model import EditableModel
 
 __all__ = ["edit", "explain", "generate"]
 
 _SAVE_EVERY = 100
+
+
+def _waiting(edits: Sequence[Edit], adapter: Adapter) -> list[Edit]:
+    """The edits still to be written: neither held, nor followed in the file by one of the same prompt that is held.
+
+    That later one superseded them, so they are no longer held, though nothing is missing: written again they would
+    supersede it in turn.
+    """
+    held = {(e.id, e.prompt, e.target) for e in adapter.edits()}
+    answered: set[str] = set()
+    waiting = []
+    for e in reversed(edits):
+        question = " ".join(e.prompt.split())
+        if (e.id, e.prompt, e.target) in held:
+            answered.add(question)
+        elif question not in answered:
+            waiting.append(e)
+    return waiting[::-1]
+
+
+def _check_settings(
+    adapter: Adapter, config: type[EditorConfig], model: EditableModel, given: Mapping[str, Any], out: Path
+) -> None:
+    """Raises ConfigError when the adapter found in `out` was made with other values of the settings that are given."""
+    there = config.from_record(adapter.editor_config).to_record()
+    here = config.for_model(model, **given).to_record()
+    # Only what was given is compared: what was left out is gone on with as it is there.
+    differences = [f"{name}: there {there[name]!r}, here {here[name]!r}" for name in given if there[name] != here[name]]
+    if differences:
+        raise ConfigError(
+            f"{out} holds an adapter made with other settings ({'; '.join(differences)}); give another --out, or "
+            "leave these settings out"
+        )
 
 
 def edit(
@@ -35,44 +75,46 @@ def edit(
     if seed is not None:
         given["seed"] = seed
     from errata.editors import editor_class
+    from errata.evaluation import run_provenance
 
     cls = editor_class(method)
+    check_out(out)
     found = load_edits(edits_path, limit, strict)
-    model = load_model(model_name, device, dtype)
     from errata.adapters import AutoAdapter
 
-    adapter = None
-    if (out / "adapter_config.json").exists():
-        adapter = AutoAdapter.from_pretrained(out)
-        if (
-            given
-            and cls.Config.for_model(model, **given).to_record()
-            != cls.Config.from_record(adapter.editor_config).to_record()
-        ):
-            raise ConfigError(
-                f"{out} holds an adapter made with other settings; give another --out, or leave the settings out"
-            )
+    adapter = AutoAdapter.from_pretrained(out) if (out / "adapter_config.json").exists() else None
+    if adapter is not None and adapter.editor != method:
+        raise ConfigError(
+            f"{out} holds an adapter of {adapter.editor!r}, which {method!r} cannot go on with; give another --out, or "
+            f"--method {adapter.editor}"
+        )
+    model = load_model(model_name, device, dtype)
+    if adapter is not None:
+        _check_settings(adapter, cls.Config, model, given, out)
     editor = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
-    waiting = [e for e in found.edits if not editor.adapter.holds(e.id)]
-    held = len(found.edits) - len(waiting)
-    if held:
-        log(f"{out} holds {held} of these edits already; going on with the other {len(waiting)}")
+    waiting = _waiting(found.edits, editor.adapter)
+    if len(waiting) < len(found.edits):
+        log(
+            f"{out} holds {len(found.edits) - len(waiting)} of these edits already, or later ones in their place; "
+            f"going on with the other {len(waiting)}"
+        )
     log(f"{model.model_id}: {method}, settings {editor.config.source}")
     applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
     took = 0
     step = max(_SAVE_EVERY, editor.config.batch_size)
     with progress_bar() as progress:
-        prepare_seconds = editor.prepare(progress)
+        if waiting:
+            prepare_seconds = editor.prepare(progress)
         for start in range(0, len(waiting), step):
             outcome = editor.edit(waiting[start : start + step], progress)
             applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
             took += sum(a.took for a in outcome.applied)
             refused += outcome.refused
             for old, new in outcome.superseded:
-                log(f"superseded: {old} by {new} (same prompt, other target)")
-            editor.adapter.save_pretrained(out)
+                log(f"superseded: {old} by {new}")
+            save_adapter(editor.adapter, out)
     if not waiting:
-        editor.adapter.save_pretrained(out)
+        save_adapter(editor.adapter, out)
     for one in refused:
         log(f"refused: {one.edit_id}: {one.reason}")
     record: dict[str, Any] = {
@@ -87,6 +129,7 @@ def edit(
         "prepare_seconds": prepare_seconds,
         "memory_version": editor.adapter.memory_version,
         "adapter": str(out),
+        "provenance": run_provenance(model, editor.config),
     }
 
     def words() -> None:
@@ -128,7 +171,7 @@ def generate(
             cells = (
                 (row["prompt"], row["before"], row["after"]) if adapter is not None else (row["prompt"], row["before"])
             )
-            table.add_row(*cells)
+            table.add_row(*plain(*cells))
         Console().print(table)
 
     emit(record, as_json, words)
@@ -164,7 +207,7 @@ def explain(
             table.add_column(column, overflow="fold")
         for row in rows:
             second = "–" if row["runner_up"] is None else f"{row['runner_up']} ({row['runner_up_score']:.3f})"
-            table.add_row(
+            cells = (
                 row["prompt"],
                 "yes" if row["fires"] else "no",
                 f"{row['score']:.3f}",
@@ -173,6 +216,7 @@ def explain(
                 row["edit_target"] or "–",
                 second,
             )
+            table.add_row(*plain(*cells))
         Console().print(table)
 
     emit(record, as_json, words)

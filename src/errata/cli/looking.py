@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from errata.cli.output import emit
+from errata.cli.output import emit, plain
 
 __all__ = ["doctor", "methods"]
 
@@ -36,7 +36,8 @@ def methods(as_json: bool) -> None:
             table.add_column(column, overflow="fold")
         for row in rows:
             settings = ", ".join(row["settings"])
-            table.add_row(row["name"], row["summary"], row["paper"], "yes" if row["needs_subject"] else "no", settings)
+            needs = "yes" if row["needs_subject"] else "no"
+            table.add_row(*plain(row["name"], row["summary"], row["paper"], needs, settings))
         Console().print(table)
 
     emit({"methods": rows}, as_json, words)
@@ -100,23 +101,22 @@ def doctor(model_name: str, device: str | None, dtype: str | None, as_json: bool
     def words() -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = Console()
-        table = Table(
-            title=f"{record['model']}: {record['class']}, {parameters / 1e6:.1f}M parameters, {record['dtype']}",
-            show_header=False,
-        )
+        title = f"{record['model']}: {record['class']}, {parameters / 1e6:.1f}M parameters, {record['dtype']}"
+        table = Table(title=Text(title), show_header=False)
         for key, value in {
             **record["anatomy"],
             **{f"tokenizer: {k}": v for k, v in record["tokenizer"].items()},
         }.items():
-            table.add_row(key.replace("_", " "), str(value))
+            table.add_row(*plain(key.replace("_", " "), str(value)))
         console.print(table)
         fits = Table(title="methods")
         for column in ("method", "fits", "settings from, or why not"):
             fits.add_column(column, overflow="fold")
         for name, found in suited.items():
-            fits.add_row(name, "yes" if found["can"] else "no", found["settings_from"] or found["why_not"])
+            fits.add_row(*plain(name, "yes" if found["can"] else "no", found["settings_from"] or found["why_not"]))
         console.print(fits)
 
     emit(record, as_json, words)

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from errata.cli.common import load_adapter, load_edits, load_model, load_texts, parse_numbers, parse_settings
-from errata.cli.output import emit, log
+from errata.atlas.shipped import ATLAS_NAMES
+from errata.cli.common import (
+    check_out,
+    load_adapter,
+    load_edits,
+    load_model,
+    load_texts,
+    parse_numbers,
+    parse_settings,
+)
+from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
-from errata.progress import progress_bar
+from errata.progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from errata.adapters import Adapter
+    from errata.evaluation import Examination
 
 __all__ = ["bench", "compare", "evaluate"]
 
 _NAMES = ("reliability", "generalization", "locality", "portability")
 
 
-def _share(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _controls(
+    adapter: Adapter, examination: Examination, texts: Sequence[str], progress: Progress
+) -> list[dict[str, Any]]:
+    """Random content in the adapter's place, and no-op edits by a fresh editor of its method and settings."""
+    from errata.editors import editor_class
+    from errata.evaluation.controls import no_op_control, random_control
+
+    found = [random_control(adapter, examination, texts, progress=progress)]
+    try:
+        cls = editor_class(adapter.editor)
+    except ConfigError as error:
+        log(f"no-op edits are left out: {error}")
+    else:
+        model = adapter.model
+        with adapter.detached():
+            editor = cls(model, cls.Config.from_record(adapter.editor_config))
+            found.append(no_op_control(editor, examination, texts, progress))
+    return [control.to_record() for control in found]
 
 
 def evaluate(
@@ -25,55 +59,71 @@ def evaluate(
     edits_path: Path,
     limit: int | None,
     text: Path | None,
+    controls: bool,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    from errata.evaluation import Examination
+    from errata.evaluation import Examination, run_provenance
+    from errata.evaluation.metrics import finite_or_none
 
     found = load_edits(edits_path, limit, strict)
     texts = load_texts(text)
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
+    control_records: list[dict[str, Any]] = []
     with progress_bar() as progress:
-        examination.ask_base(progress=progress)
-        unedited = examination.ask(progress=progress)
+        unedited = examination.ask_unedited(progress)
         before = model.perplexity(texts)
         adapter = load_adapter(adapter_path, model)
         result = unedited if adapter is None else examination.ask(progress=progress)
         after = before if adapter is None else model.perplexity(texts)
+        if adapter is not None and controls:
+            log("baselines: random content of the same norm, and edits that say nothing new; --no-controls skips them")
+            control_records = _controls(adapter, examination, texts, progress)
     record: dict[str, Any] = {
         "model": model.model_id,
         "adapter": None if adapter is None else str(adapter_path),
         "format": found.format,
         "max_new_tokens": max_new_tokens,
         **result.to_record(),
-        "perplexity": {"before": before, "after": after},
+        "perplexity": {"before": finite_or_none(before), "after": finite_or_none(after)},
         "unedited": {name: unedited.score(name).to_record() for name in _NAMES},
+        "controls": control_records,
         "records_left_out": len(found.problems),
+        "provenance": run_provenance(model, None if adapter is None else adapter.editor_config),
     }
 
     def words() -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=f"{len(found.edits)} edits ({found.format}), protocol {result.protocol}")
         for column in ("", "unedited", "generated", "interval", "contains", "teacher-forced", "edits asked"):
             table.add_column(column, justify="left" if not column else "right")
-        for name in _NAMES:
-            score, base = record[name], record["unedited"][name]
+
+        def row(label: str, score: dict[str, Any], unedited: str = "") -> None:
             low, high = score["generated_interval"]
             interval = "–" if low is None else f"{low:.2f}–{high:.2f}"
-            cells = (_share(base["generated"]), _share(score["generated"]), interval, _share(score["contains"]))
-            table.add_row(name, *cells, _share(score["teacher_forced"]), str(score["edits"]))
+            cells = (unedited, _number(score["generated"]), interval, _number(score["contains"]))
+            table.add_row(Text(label), *cells, _number(score["teacher_forced"]), str(score["edits"]))
+
+        for name in _NAMES:
+            row(name, record[name], _number(record["unedited"][name]["generated"]))
         for kind, score in record["locality_by_kind"].items():
-            table.add_row(
-                f"  locality: {kind}", "", _share(score["generated"]), "", "", _share(score["teacher_forced"]), ""
-            )
+            row(f"  locality: {kind}", score)
+        for control in control_records:
+            table.add_section()
+            for name in _NAMES:
+                if control[name]["generated"] is not None:
+                    row(f"{control['name']}: {name}", control[name])
         Console().print(table)
         print(f"perplexity of held-out text: {before:.3f} before, {after:.3f} after")
+        for control in control_records:
+            print(f"  with {control['name']}: {_number(control['perplexity'])}")
 
     emit(record, as_json, words)
 
@@ -95,7 +145,12 @@ def compare(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    from errata.editors import editor_class, editor_names
+    from errata.evaluation import Comparison
+
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    if not names:
+        raise ConfigError(f"--methods {methods!r} names no method; there are {', '.join(editor_names())}")
     counts = parse_numbers(checkpoints, "--checkpoints")
     per_method: dict[str, dict[str, Any]] = {name: {} for name in names}
     for pair in settings:
@@ -103,17 +158,15 @@ def compare(
         if not dot or method not in per_method:
             raise ConfigError(f"--set {pair!r} must name one of the methods: write --set {names[0]}.steps=50")
         per_method[method] |= parse_settings([rest])
-    from errata.editors import editor_class
-    from errata.evaluation import Comparison
-
     for name in names:
         editor_class(name)
+    check_out(out)
     if edits_path is None:
-        if not model_name.startswith("atlas"):
+        if model_name not in ATLAS_NAMES:
             raise ConfigError("give the edits to compare on: --edits FILE (only atlas brings its own)")
         from errata.atlas.edits import world_edits
 
-        edits = world_edits(max(counts, default=0), seed=seed)
+        edits = world_edits(min(max(counts), limit or max(counts)), seed=seed)
     else:
         edits = load_edits(edits_path, limit, strict).edits
     model = load_model(model_name, device, dtype)
@@ -128,12 +181,14 @@ def compare(
         controls=controls,
         max_new_tokens=max_new_tokens,
     )
+    for note in comparison.notes:
+        log(note)
     rows = []
     with progress_bar() as progress:
         for row in comparison.run(progress):
             rows.append(row)
-            shares = "  ".join(f"{name} {_share(row[name]['generated'])}" for name in _NAMES[:3])
-            log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {row['perplexity'] or float('nan'):.3f}")
+            shares = "  ".join(f"{name} {_number(row[name]['generated'])}" for name in _NAMES[:3])
+            log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
     chosen = comparison.chosen(rows)
     figure = out / "comparison.png"
 
@@ -145,13 +200,21 @@ def compare(
         for column in ("method", "edits", *_NAMES[:3], "perplexity", "s/edit"):
             table.add_column(column, justify="left" if column == "method" else "right")
         for row in chosen:
-            cells = [f"{_share(row[n]['generated'])} ({_share(row[n]['teacher_forced'])})" for n in _NAMES[:3]]
-            perplexity = "–" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
-            table.add_row(row["method"], str(row["edits"]), *cells, perplexity, f"{row['seconds_per_edit']:.3f}")
+            cells = [f"{_number(row[n]['generated'])} ({_number(row[n]['teacher_forced'])})" for n in _NAMES[:3]]
+            ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
+            table.add_row(*plain(row["method"], str(row["edits"]), *cells, *ends))
         Console().print(table)
         print(f"figure: {figure}")
 
-    emit({"model": model.model_id, "rows": chosen, "figure": str(figure), "folder": str(out)}, as_json, words)
+    record = {
+        "model": model.model_id,
+        "rows": chosen,
+        "figure": str(figure),
+        "folder": str(out),
+        "notes": list(comparison.notes),
+        "provenance": comparison.provenance,
+    }
+    emit(record, as_json, words)
 
 
 def bench(name: str, as_json: bool) -> None:
