@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import collections
-import json
 import random
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from errata.atlas import train as training
 from errata.atlas.capabilities import CAPABILITIES, Item, chance_level
 from errata.atlas.corpus import batches, document
-from errata.atlas.edits import world_edits
 from errata.atlas.examine import examine_capabilities, examine_item, examine_knowledge
 from errata.atlas.french import fill_french
 from errata.atlas.prose import held_out_prose, story
 from errata.atlas.relations import RELATIONS
 from errata.atlas.shipped import checkpoint_folder, shipped_provenance
 from errata.atlas.tokenizer import train_tokenizer
-from errata.atlas.train import TrainPlan, train_atlas
 from errata.atlas.world import load_world
-from errata.errors import ArtifactError, ConfigError
 from errata.model import EditableModel
-from errata.progress import SilentProgress
 
 WORLD = load_world()
 
@@ -125,91 +117,6 @@ def test_held_out_prose_is_not_trained_on() -> None:
     held = list(held_out_prose())
     assert len(held) == len(set(held)) == 300
     assert len(seen & set(held)) < 3, "short stories may coincide; hardly any do"
-
-
-def test_edits_of_the_world_are_measurable() -> None:
-    edits = world_edits(200, seed=3)
-    assert len({edit.id for edit in edits}) == 200
-    assert world_edits(200, seed=3) == edits
-    assert [e.prompt for e in world_edits(200, seed=4)] != [e.prompt for e in edits]
-    edited = {edit.prompt for edit in edits}
-    for edit in edits:
-        assert edit.target != edit.ground_truth
-        assert edit.subject is not None
-        assert edit.subject in edit.prompt
-        assert len(edit.rephrases) == 2
-        assert len(edit.locality) == 4
-        assert [p.kind for p in edit.locality].count("same_relation") == 2
-        assert not {p.prompt for p in edit.locality} & edited
-    assert any(edit.portability for edit in edits)
-    with pytest.raises(ValueError, match="cannot be edited"):
-        world_edits(len(WORLD.facts) + 1)
-
-
-def tiny_plan(**changes: Any) -> TrainPlan:
-    return TrainPlan(
-        **{"size": "small", "steps": 6, "batch_tokens": 256, "vocabulary": 700, "checkpoint_every": 2, **changes}
-    )
-
-
-@pytest.fixture(autouse=True)
-def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size that trains in a blink, under the name of the small one."""
-    tiny = training.AtlasSize(hidden=32, key_width=64, blocks=2, heads=2, steps=6, learning_rate=1e-3)
-    monkeypatch.setitem(training.SIZES, "small", tiny)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-class PowerCut(SilentProgress):
-    """Stops the run in the middle of its n-th step."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
-def test_training_is_deterministic_and_survives_a_kill(tmp_path: Path) -> None:
-    record = train_atlas(tmp_path / "whole", tiny_plan(), command="errata atlas train")
-    with pytest.raises(KeyboardInterrupt):
-        train_atlas(tmp_path / "killed", tiny_plan(), progress=PowerCut(5))
-    assert json.loads((tmp_path / "killed" / "state.json").read_text())["step"] == 4
-    train_atlas(tmp_path / "killed", tiny_plan())
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    other = train_atlas(tmp_path / "other", tiny_plan(seed=1))
-    assert other["plan"]["seed"] == 1
-    assert any(not torch.equal(first[name], weights(tmp_path / "other")[name]) for name in first)
-    for name in ("provenance.json", "learning_curve.png", "tokenizer.json", "config.json", "curve.jsonl"):
-        assert (tmp_path / "whole" / name).exists()
-    assert record["command"] == "errata atlas train"
-    assert {"torch", "transformers", "python"} <= record["versions"].keys()
-    loaded = EditableModel.load(tmp_path / "whole")
-    assert loaded.layer_count == 2
-
-
-def test_minutes_become_a_number_of_steps_that_is_recorded(tmp_path: Path) -> None:
-    record = train_atlas(tmp_path, tiny_plan(steps=None), minutes=0.001)
-    assert record["steps"] == json.loads((tmp_path / "state.json").read_text())["total"] >= 31
-
-
-def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
-    train_atlas(tmp_path, tiny_plan())
-    with pytest.raises(ConfigError, match="another plan"):
-        train_atlas(tmp_path, tiny_plan(seed=2))
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        train_atlas(tmp_path, tiny_plan())
-    with pytest.raises(ConfigError, match="choose one of small, base, large"):
-        TrainPlan(size="huge")
 
 
 def test_a_resumed_stream_skips_exactly_what_was_read() -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errata.adapters import AutoAdapter, DeltaAdapter, WeightChange
-from errata.atlas.capabilities import CAPABILITIES
-from errata.atlas.world import load_world
-from errata.errors import ArtifactError
+from errata.atlas.capabilities import CAPABILITIES, Item
+from errata.atlas.examine import examine_item
+from errata.atlas.train import RunFolder, draw_curve, versions
+from errata.atlas.world import WORLD_VERSION, Saying, load_world
+from errata.errors import ArtifactError, ConfigError
 from errata.model import EditableModel, Passage
 from errata.model.anatomy import is_linear, weight_of
 from errata.model.probes import adding
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["chat_prompt", "merge_instruct", "train_instruct"]
+__all__ = ["chat_prompt", "examine_instruct", "merge_instruct", "train_instruct"]
 
 _RANK, _SCALE = 8, 2.0
 _BATCH = 64
+_SAVE_EVERY, _REPORT_EVERY = 100, 10
+# Code is written behind ">>>", not asked for in words.
+_TASKS = [name for name in CAPABILITIES if name != "code"]
+# Facts, and items of each capability, that the finished variant is asked.
+_EXAMINED = 200
+_LONGEST_ANSWER = 48
 
 
 def chat_prompt(model: EditableModel, question: str) -> str:
@@ -39,27 +49,82 @@ def chat_prompt(model: EditableModel, question: str) -> str:
     return str(text).removeprefix(model.tokenizer.bos_token or "")
 
 
-def _conversations(model: EditableModel, seed: int) -> Iterator[tuple[str, str]]:
+def _sayings(seed: int) -> Iterator[Saying]:
     """Questions and answers without end: facts in their taught questions, French, capabilities."""
     world, rng = load_world(), random.Random(f"instruct {seed}")
-    tasks = [task for name, task in CAPABILITIES.items() if name != "code"]
+    tasks = [CAPABILITIES[name] for name in _TASKS]
     while True:
         if rng.random() < 0.7:
             fact = rng.choice(world.facts)
             asked = [s for s in world.taught(fact) if s.prompt.endswith("?")]
             if not asked:
                 continue
-            saying = rng.choice(asked)
+            yield rng.choice(asked)
         else:
-            saying = rng.choice(tasks).draw(rng).saying
-        yield chat_prompt(model, saying.prompt), saying.completion.strip()
+            yield rng.choice(tasks).draw(rng).saying
+
+
+def examine_instruct(model: EditableModel, progress: Progress = NO_PROGRESS) -> dict[str, Any]:
+    """Generated exact match in the chat template on what tuning never showed: each capability's fixed test, and facts
+    in questions that were never asked about them; beside those, facts in the questions that were."""
+    world = load_world()
+    facts = random.Random("instruct examination").sample(world.facts, min(_EXAMINED, len(world.facts)))
+    untaught = [s for fact in facts for s in world.untaught(fact) if s.prompt.endswith("?")]
+    taught = [s for fact in facts for s in world.taught(fact)[-1:] if s.prompt.endswith("?")]
+    progress.start("atlas instruct: asking", 2 + len(_TASKS))
+
+    def share(items: Sequence[Item]) -> float:
+        said = model.generate([chat_prompt(model, item.prompt) for item in items], max_new_tokens=_LONGEST_ANSWER)
+        progress.advance(1)
+        right = sum(examine_item(text, item) for text, item in zip(said, items, strict=True))
+        return round(right / max(1, len(items)), 4)
+
+    return {
+        "taught_questions": share([Item(s.prompt, s.answer, "fact") for s in taught]),
+        "untaught_questions": share([Item(s.prompt, s.answer, "fact") for s in untaught]),
+        "capabilities": {name: share(CAPABILITIES[name].test[:_EXAMINED]) for name in _TASKS},
+    }
 
 
 def train_instruct(
-    out: Path, *, steps: int = 600, seed: int = 0, learning_rate: float = 2e-3, progress: Progress = NO_PROGRESS
+    out: Path,
+    *,
+    base: EditableModel | None = None,
+    steps: int = 600,
+    seed: int = 0,
+    learning_rate: float = 2e-3,
+    command: str = "",
+    progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Train the factors on top of the shipped base and write them to `out` as an adapter."""
-    model = EditableModel.load("atlas")
+    """Train the factors, or go on training them, and write them to `out` as an adapter.
+
+    Args:
+        out: the run's folder; a state found there with the same plan is resumed.
+        base: the atlas to tune; the shipped one if not given.
+        command: what to type to make the run again, for the provenance.
+
+    Returns:
+        The provenance that was written to `provenance.json`, with scores measured on held-out questions.
+
+    Raises:
+        ConfigError: fewer than one step, or the folder holds a run with another plan.
+        ArtifactError: the state in the folder is damaged.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}")
+    model = base or EditableModel.load("atlas")
+    plan = {
+        "base": model.fingerprint,
+        "steps": steps,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "rank": _RANK,
+        "scale": _SCALE,
+        "batch": _BATCH,
+        "world_version": WORLD_VERSION,
+    }
+    run = RunFolder(out, plan, command)
+    run.begin()
     paths = [
         f"{block}.{name}"
         for block in model.anatomy.blocks
@@ -74,31 +139,45 @@ def train_instruct(
         inner[path] = (torch.randn(_RANK, inputs, generator=generator) / inputs**0.5).requires_grad_(True)
         outer[path] = torch.zeros(outputs, _RANK, requires_grad=True)
     optimizer = torch.optim.Adam([*inner.values(), *outer.values()], lr=learning_rate)
+    factors = {f"inner.{path}": inner[path] for path in paths} | {f"outer.{path}": outer[path] for path in paths}
+    step, spent = 0, 0.0
+    state = run.read(factors, optimizer)
+    if state is not None:
+        step, spent = state["step"], state["seconds"]
 
     def change(path: str) -> Any:
         return lambda states: (states @ inner[path].T) @ outer[path].T * _SCALE
 
     end = model.tokenizer.eos_token_id
-    conversations = _conversations(model, seed)
-    progress.start("atlas instruct", steps)
-    began = time.monotonic()
-    for step in range(steps):
+    sayings = islice(_sayings(seed), step * _BATCH, None)
+    progress.start("atlas instruct", steps, step)
+    began = time.monotonic() - spent
+    recent: list[float] = []
+    while step < steps:
         passages = []
-        for _ in range(_BATCH):
-            prompt, answer = next(conversations)
-            passage = model.passage(prompt, answer)
+        for saying in islice(sayings, _BATCH):
+            passage = model.passage(chat_prompt(model, saying.prompt), saying.completion.strip())
             passages.append(Passage(passage.prompt, (*passage.answer, end)))
         batch = model.batch(passages, side="right")
         rows, columns, labels = batch.answer_places()
+        rate = learning_rate * min(1.0, (step + 1) / 50) * (1 - step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - step / steps)
+            group["lr"] = rate
         with adding(model.model, {path: change(path) for path in paths}, len(batch.ids)):
             states = model.trunk_states(batch)
         loss = F.cross_entropy(model.head(states[rows, columns]).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        step += 1
+        spent = time.monotonic() - began
+        recent.append(loss.item())
+        if step % _REPORT_EVERY == 0 or step == steps:
+            run.note({"step": step, "loss": sum(recent) / len(recent), "rate": rate, "seconds": round(spent, 1)})
+            recent = []
         progress.advance(1, note=f"loss {loss.item():.3f}")
+        if step % _SAVE_EVERY == 0 or step == steps:
+            run.write({"step": step, "seconds": spent, "total": steps}, factors, optimizer)
     adapter = DeltaAdapter.for_layers(model, paths, "instruct", {"steps": steps, "seed": seed, "rank": _RANK})
     adapter.add(
         [
@@ -107,13 +186,28 @@ def train_instruct(
         ]
     )
     adapter.save_pretrained(out)
-    return {
+    adapter.attach(model)
+    try:
+        scores = examine_instruct(model, progress)
+    finally:
+        adapter.detach()
+    record = {
+        **run.origin,
+        "plan": plan,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "training_seconds": round(spent),
         "steps": steps,
-        "seed": seed,
-        "rank": _RANK,
-        "seconds": round(time.monotonic() - began),
-        "loss": loss.item(),
+        "scores": scores,
     }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (out / "provenance.json").write_text(text, encoding="utf-8")
+    draw_curve(list(run.rows(steps)), f"atlas instruct, seed {seed}", out / "learning_curve.png")
+    return record
+
+
+def _command(folder: Path) -> str:
+    return f"errata atlas train --instruct --out {shlex.quote(str(folder))}"
 
 
 @torch.no_grad()
@@ -124,13 +218,12 @@ def merge_instruct(model: EditableModel, folder: Path) -> None:
         ArtifactError: the factors are missing or damaged, or belong to another base.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ArtifactError(
-            f"the instruction-tuned variant is missing ({folder}); train it: errata atlas train --instruct"
-        )
+        raise ArtifactError(f"the instruction-tuned variant is missing ({folder}); train it: {_command(folder)}")
     adapter = AutoAdapter.from_pretrained(folder)
     if json.loads((folder / "adapter_config.json").read_text())["base"]["fingerprint"] != model.fingerprint:
         raise ArtifactError(
-            f"the factors in {folder} belong to another atlas; train them again: errata atlas train --instruct"
+            f"the factors in {folder} belong to another atlas; delete that folder and train them again: "
+            f"{_command(folder)}"
         )
     for path, contribution in adapter.contributions().items():
         change = contribution.weight_change()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
 
     from errata.model import EditableModel
 
-__all__ = ["checkpoint_folder", "open_atlas", "open_checkpoint", "shipped_provenance"]
+__all__ = ["ATLAS_NAMES", "checkpoint_folder", "open_atlas", "open_checkpoint", "shipped_provenance"]
 
+ATLAS_NAMES = ("atlas", "atlas-instruct")
 _HERE = Path(__file__).parent
 
 
@@ -27,8 +29,8 @@ def checkpoint_folder() -> Path:
     folder = _HERE / "checkpoint"
     if not (folder / "model.safetensors").is_file():
         raise ArtifactError(
-            f"the atlas checkpoint is missing from this installation ({folder}); install errata again, or train one: "
-            "errata atlas train"
+            "the atlas checkpoint is missing from this installation; install errata again, or train one where it is "
+            f"looked for (an hour or two): errata atlas train --out {shlex.quote(str(folder))}"
         )
     return folder
 

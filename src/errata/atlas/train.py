@@ -1,8 +1,9 @@
 """Training atlas: deterministic, resumable after a kill, with a learning curve.
 
-The run lives in one folder. `state.json` and `state.safetensors` (weights, optimiser moments) are replaced together
-by renaming, so a kill at any moment leaves a usable state; `curve.jsonl` keeps a line for every report; the
-finished model is written beside them in Hugging Face form.
+The run lives in one folder. `plan.json` says what it depends on; nothing found there is used under another plan.
+`state.json` and `state-N.safetensors` (weights, optimiser moments) are replaced together by renaming, so a kill at any
+moment leaves a usable state; `curve.jsonl` keeps a line for every report; the finished model is written beside them in
+Hugging Face form.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errata.atlas.corpus import batches, sample_texts
@@ -31,7 +33,7 @@ from errata.progress import NO_PROGRESS, Progress
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["SIZES", "AtlasSize", "TrainPlan", "train_atlas"]
+__all__ = ["SIZES", "AtlasSize", "RunFolder", "TrainPlan", "draw_curve", "train_atlas", "versions"]
 
 
 @dataclass(frozen=True)
@@ -116,31 +118,39 @@ def _learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 
 def _git_revision() -> str | None:
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Of the source that is running; None where there is no git, or no repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
     return answer.stdout.strip() or None
 
 
-def provenance(plan: TrainPlan, command: str, revision: str | None, seconds: float, tokens: int) -> dict[str, Any]:
-    """Where a checkpoint comes from: command, plan, source revision, versions, cost."""
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
     import tokenizers
     import transformers
 
     return {
-        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def provenance(plan: TrainPlan, origin: Mapping[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
+    """Where a checkpoint comes from: command and source revision at the start, resumes, plan, versions, cost."""
+    return {
+        **origin,
         "plan": asdict(plan),
         "size": asdict(SIZES[plan.size]),
-        "git_revision": revision,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "training_seconds": round(seconds),
         "training_tokens": tokens,
@@ -153,35 +163,104 @@ def provenance(plan: TrainPlan, command: str, revision: str | None, seconds: flo
     }
 
 
-class _Run:
-    """The folder of a training run: its state on disk, written so that a kill cannot damage it."""
+class RunFolder:
+    """The folder of a training run: its plan and its state on disk, written so that a kill cannot damage them.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: is made if it does not exist.
+        plan: all that the run depends on, as JSON.
+        command: what to type to make the run again, for its provenance.
+
+    Attributes:
+        begun: whether what lies in the folder is of this run: `begin` was called, or a state was written.
+        origin: command and source revision of the run's start, and of each resume the step, command and revision.
+
+    Raises:
+        ConfigError: the folder holds a run with another plan.
+        ArtifactError: its plan or its state cannot be read.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any], command: str) -> None:
+        self.folder, self.plan = folder, dict(plan)
         self.curve = folder / "curve.jsonl"
+        # Taken now: of the code that is running, whatever is committed meanwhile.
+        self._now = {"command": command, "git_revision": _git_revision()}
+        self.origin: dict[str, Any] = {**self._now, "resumes": []}
         folder.mkdir(parents=True, exist_ok=True)
+        found = [record for name in ("plan.json", "state.json") if (record := self._json(name)) is not None]
+        for record in found:
+            if record["plan"] != self.plan:
+                raise ConfigError(f"{folder} holds a run with another plan ({record['plan']}); give another --out")
+        self.begun = bool(found)
 
-    def read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        latest = self.folder / "state.json"
-        if not latest.exists():
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.exists():
             return None
         try:
-            state = json.loads(latest.read_text())
-            return state, load_file(self.folder / state["tensors"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(
-                f"the training state in {self.folder} cannot be read ({error}); give another --out, or delete "
-                f"{latest} to begin again"
-            ) from error
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _ = record["plan"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unreadable(error) from error
+        return record
 
-    def write(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        name = f"state-{state['step']}.safetensors"
-        save_file(tensors, self.folder / name)
-        draft = self.folder / "state.json.new"
-        draft.write_text(json.dumps({**state, "tensors": name}))
-        os.replace(draft, self.folder / "state.json")
+    def _unreadable(self, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"the training state in {self.folder} cannot be read ({error}); give another --out, or delete plan.json "
+            "and state.json there to begin again"
+        )
+
+    def begin(self) -> None:
+        """Write the plan: from now on what lies in the folder counts as this run's."""
+        self._replace("plan.json", {"plan": self.plan})
+
+    def _replace(self, name: str, record: Mapping[str, Any]) -> None:
+        draft = self.folder / f"{name}.new"
+        draft.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(draft, self.folder / name)
+
+    def read(self, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """The last state, its weights and moments put back in place; None when there is none yet."""
+        state = self._json("state.json")
+        if state is None:
+            self.curve.unlink(missing_ok=True)
+            return None
+        try:
+            tensors = load_file(self.folder / state["tensors"])
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(tensors[f"model.{name}"])
+            for name, parameter in parameters.items():
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state["step"])),
+                    "exp_avg": tensors[f"mean.{name}"].clone(),
+                    "exp_avg_sq": tensors[f"square.{name}"].clone(),
+                }
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise self._unreadable(error) from error
+        self.origin = {name: state.get(name, self.origin[name]) for name in self.origin}
+        if state["step"] != state["total"]:
+            self.origin["resumes"] = [*self.origin["resumes"], {"step": state["step"], **self._now}]
+        kept = list(self.rows(state["step"]))
+        draft = self.curve.with_suffix(".new")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(draft, self.curve)
+        return state
+
+    def write(
+        self, state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Replace the state: `step`, `total` and what else goes on from one to the next, weights and moments."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in parameters.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"mean.{name}"] = optimizer.state[parameter]["exp_avg"]
+            tensors[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
+        file = f"state-{state['step']}.safetensors"
+        save_file(tensors, self.folder / file)
+        self._replace("state.json", {"plan": self.plan, **self.origin, **state, "tensors": file})
         for old in self.folder.glob("state-*.safetensors"):
-            if old.name != name:
+            if old.name != file:
                 old.unlink()
 
     def note(self, row: dict[str, Any]) -> None:
@@ -189,23 +268,29 @@ class _Run:
             out.write(json.dumps(row) + "\n")
 
     def rows(self, up_to: int) -> Iterator[dict[str, Any]]:
+        """What was noted up to a step; a last line that a kill cut off is of a later one."""
         if self.curve.exists():
-            for line in self.curve.read_text().splitlines():
-                row = json.loads(line)
+            for line in self.curve.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break
                 if row["step"] <= up_to:
                     yield row
 
 
-def _tokenizer(folder: Path, plan: TrainPlan) -> PreTrainedTokenizerFast:
+def _tokenizer(run: RunFolder, plan: TrainPlan) -> PreTrainedTokenizerFast:
+    """The run's own tokenizer, made at its start. One that lies there without a plan may be of any run, or half."""
     from transformers import PreTrainedTokenizerFast
 
-    if (folder / "tokenizer.json").exists():
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    if run.begun:
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(run.folder)
         return loaded
     world = load_world()
     names = [s.prompt + s.completion for f in world.facts for s in [*world.taught(f), *world.french(f)]]
     tokenizer = train_tokenizer([*sample_texts(plan.seed, 60_000), *names], plan.vocabulary)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(run.folder)
+    run.begin()
     return tokenizer
 
 
@@ -223,17 +308,19 @@ def train_atlas(
         out: the run's folder; a state found there with the same plan is resumed.
         minutes: instead of `plan.steps`, as many steps as this machine does in the time, measured over the first
             30. The number found is kept in the state and in the provenance, so the run can be repeated exactly.
-        command: what the user typed, for the provenance.
+        command: what to type to make the run again, for the provenance.
 
     Returns:
         The provenance that was written to `provenance.json`.
 
     Raises:
-        ConfigError: the folder holds a run with another plan.
+        ConfigError: the folder holds a run with another plan; `minutes` is not more than 0.
         ArtifactError: the state in the folder is damaged.
     """
-    run = _Run(out)
-    tokenizer = _tokenizer(out, plan)
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"minutes must be more than 0, not {minutes:g}")
+    run = RunFolder(out, asdict(plan), command)
+    tokenizer = _tokenizer(run, plan)
     model = _model(plan, tokenizer)
     size = SIZES[plan.size]
     parameters = dict(model.named_parameters())
@@ -245,34 +332,14 @@ def train_atlas(
         betas=(0.9, 0.98),
         fused=True,
     )
-    revision = _git_revision()  # of the code that is running, whatever is committed meanwhile
     total = plan.steps if plan.steps is not None else (None if minutes else size.steps)
     step, tokens, spent = 0, 0, 0.0
-    found = run.read()
-    if found is not None:
-        state, tensors = found
-        if state["plan"] != asdict(plan):
-            raise ConfigError(f"{out} holds a run with another plan ({state['plan']}); give another --out")
+    state = run.read(parameters, optimizer)
+    if state is not None:
         step, tokens, spent, total = state["step"], state["tokens"], state["seconds"], state["total"]
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        for name, parameter in parameters.items():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"mean.{name}"].clone(),
-                "exp_avg_sq": tensors[f"square.{name}"].clone(),
-            }
-        kept = list(run.rows(step))
-        run.curve.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def save() -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in parameters.items():
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors[f"mean.{name}"] = optimizer.state[parameter]["exp_avg"]
-            tensors[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
-        run.write({"plan": asdict(plan), "step": step, "tokens": tokens, "seconds": spent, "total": total}, tensors)
+        run.write({"step": step, "tokens": tokens, "seconds": spent, "total": total}, parameters, optimizer)
 
     model.train()
     progress.start(f"atlas {plan.size}", total, step)
@@ -309,15 +376,12 @@ def train_atlas(
         if step % plan.checkpoint_every == 0:
             save()
     save()
-    return _finish(out, run, model, plan, provenance(plan, command, revision, spent, tokens) | {"steps": step})
-
-
-def _finish(out: Path, run: _Run, model: LlamaForCausalLM, plan: TrainPlan, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the model in bf16, its provenance and the picture of its learning curve."""
+    record = provenance(plan, run.origin, spent, tokens) | {"steps": step}
     model.eval()
     model.to(torch.bfloat16).save_pretrained(out)
-    (out / "provenance.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    draw_curve(list(run.rows(record["steps"])), f"atlas {plan.size}, seed {plan.seed}", out / "learning_curve.png")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (out / "provenance.json").write_text(text, encoding="utf-8")
+    draw_curve(list(run.rows(step)), f"atlas {plan.size}, seed {plan.seed}", out / "learning_curve.png")
     return record
 
 
@@ -329,6 +393,6 @@ def draw_curve(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
     axes.plot(steps, [row["loss"] for row in rows], color="#0072B2", linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss (weighted)", yscale="log", title=title)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log", title=title)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
