@@ -72,6 +72,6 @@ def test_the_example_method_of_the_docs_passes_the_contract() -> None:
 
     method, _ = blocks((ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8"), "python")
     names: dict[str, object] = {"__name__": "nudge"}
-    exec(compile(method, "add-a-method.md", "exec"), names)
+    exec(compile(method, "add-a-method.md", "exec", dont_inherit=True), names)
     nudge = names["Nudge"]
     check_editor(lambda model: nudge(model, strength=200.0), families=("llama",))  # type: ignore[operator]

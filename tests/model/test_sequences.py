@@ -158,9 +158,146 @@ def test_a_cache_used_for_another_number_of_sequences_is_an_error() -> None:
     with recording() as (model, _):
         batch, _ = batch_of(model)
         output = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=True)
-        output.past_key_values.batch_select_indices(torch.tensor([0, 1]))
+        for layer in output.past_key_values.layers:  # behind the cache's back
+            layer.batch_select_indices(torch.tensor([0, 1]))
         with pytest.raises(SequenceError, match="decided for 3 sequences is now used for 2"):
             model.model(input_ids=batch.ids[:2, :1], past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([2, 0, 1]), [2, 0, 1]),
+        ("batch_select_indices", torch.tensor([1, 1, 0, 0]), [1, 1, 0, 0]),
+        ("batch_select_indices", torch.tensor([True, False, True]), [0, 2]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_routes_follow_the_rows_of_their_cache(method: str, argument: Any, rows: list[int], is_complete: bool) -> None:
+    with recording() as (model, recorder):
+        batch, lengths = batch_of(model)
+        output = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=True)
+        cache = output.past_key_values
+        assert isinstance(cache, DynamicCache)
+        step = batch.ids[:, -1:]
+        mask = torch.cat([batch.mask, torch.ones_like(step)], 1)
+        if is_complete:
+            model.model(input_ids=step, attention_mask=mask, past_key_values=cache)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)
+        copied = copy.deepcopy(cache)
+        getattr(cache, method)(argument)
+        model.model(input_ids=step[rows], attention_mask=mask[rows], past_key_values=cache)
+        assert recorder.decisions[-1] == [lengths[row] for row in rows]
+        model.model(input_ids=step, attention_mask=mask, past_key_values=copied)
+        assert recorder.decisions[-1] == lengths, "a copy made before stays as it was"
+        getattr(copied, method)(argument)
+        model.model(input_ids=step[rows], past_key_values=copied)
+        assert recorder.decisions[-1] == [lengths[row] for row in rows], "a copy moves its own rows"
+
+
+def test_what_a_prompt_has_gathered_follows_the_rows_too() -> None:
+    with recording() as (model, recorder):
+        batch, lengths = batch_of(model)
+        cache = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([1, 2, 0]))
+        more = torch.cat([batch.mask[[1, 2, 0]], torch.ones(3, 2, dtype=torch.long)], 1)
+        model.model(input_ids=batch.ids[:, -2:], attention_mask=more, past_key_values=cache)
+        assert recorder.decisions[-1] == [lengths[row] + 2 for row in (1, 2, 0)]
+
+
+def test_rows_moved_while_nothing_is_attached_are_followed_all_the_same() -> None:
+    model, recorder = tiny_model("llama"), Recorder()
+    batch, lengths = batch_of(model)
+    model.contribute(PATH, recorder)
+    cache = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=True).past_key_values
+    model.withdraw(PATH, recorder)
+    cache.batch_select_indices(torch.tensor([2]))
+    model.contribute(PATH, recorder)
+    model.model(input_ids=batch.ids[2:, -1:], past_key_values=cache)
+    model.withdraw(PATH, recorder)
+    assert recorder.decisions[-1] == lengths[2:]
+
+
+def test_a_prompt_that_may_go_on_cannot_be_cropped_but_an_answer_can() -> None:
+    with recording() as (model, recorder):
+        ids = model.batch([model.passage("The capital of France is")]).ids
+        length = ids.shape[1]
+        cache = model.model(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(SequenceError, match="cannot be unread"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == length
+        with model.sequences.prompts([length - 2]):
+            cache = model.model(input_ids=ids, use_cache=True).past_key_values
+        cache.crop(-2)
+        model.model(input_ids=ids[:, -2:], past_key_values=cache)
+        assert recorder.decisions == [[length], [length - 2], [length - 2]]
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}])
+def test_drafted_tokens_leave_the_route_alone(how: dict[str, Any]) -> None:
+    with recording() as (model, recorder):
+        ids = model.batch([model.passage("The capital of France is the capital of")]).ids
+        settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        plain = model.model.generate(input_ids=ids, **settings)
+        if "assistant_model" in how:
+            how = {"assistant_model": tiny_model("llama", seed=1).model}
+        assert torch.equal(model.model.generate(input_ids=ids, **settings, **how), plain)
+        assert {tuple(decision) for decision in recorder.decisions} == {(ids.shape[1],)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {}), ("gemma3", {}), ("gemma3", {"sliding_window": 4}), ("mistral", {"sliding_window": 8})],
+)
+def test_sliding_windows_in_a_static_cache(family: str, changes: dict[str, Any]) -> None:
+    model, recorder = tiny_model(family, **changes), Recorder()
+    path = model.anatomy.mlp_output[2]
+    batch, lengths = batch_of(model)
+    settings = {"attention_mask": batch.mask, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    plain = model.model.generate(input_ids=batch.ids, **settings)
+    model.contribute(path, recorder)
+    for kind in ("dynamic", "static"):
+        found = model.model.generate(input_ids=batch.ids, cache_implementation=kind, disable_compile=True, **settings)
+        assert torch.equal(found, plain)
+    model.withdraw(path, recorder)
+    assert recorder.decisions == [lengths] * 40
+
+
+def test_a_scorer_that_pads_on_the_right_and_passes_no_mask() -> None:
+    """As lm-eval's HFLM computes log-likelihoods: zeros behind the shorter rows, and nothing but token ids."""
+    with recording() as (model, recorder):
+        rows = [
+            list(model.passage(text).ids[:-1]) for text in ("The capital of France is", "Who? Bob", "Ann plays the")
+        ]
+        for row in rows:
+            model.model(torch.tensor([row]))
+        alone = [decision[0] for decision in recorder.decisions]
+        width = max(len(row) for row in rows)
+        model.model(torch.tensor([row + [0] * (width - len(row)) for row in rows]))
+        assert recorder.decisions[-1] == alone == [len(row) for row in rows]
+
+
+def test_tokens_that_end_every_row_are_no_padding() -> None:
+    with recording() as (model, recorder):
+        model.model(torch.tensor([[1, 7, 0, 0], [1, 7, 8, 0]]))
+        model.model(torch.tensor([[1, 7, 0, 0]]))
+        model.model(torch.tensor([[1, 7, 0, 0], [1, 7, 8, 9]]), attention_mask=torch.ones(2, 4))
+        assert recorder.decisions == [[4, 4], [4], [4, 4]]
+
+
+def test_announced_prompts_are_counted_from_the_beginning_of_the_cache() -> None:
+    with recording() as (model, recorder):
+        ids = torch.arange(3, 13)[None]
+        for cuts in ([2, 3, 5], [4, 1, 5], [2, 2, 1, 1, 4], [1] * 10):
+            cache, column = DynamicCache(), 0
+            with model.sequences.prompts([5]):
+                for count in cuts:
+                    model.model(input_ids=ids[:, column : column + count], past_key_values=cache)
+                    column += count
+            assert recorder.decisions[-1] == [5], cuts
+            model.model(input_ids=ids[:, :3], past_key_values=cache)
+            assert recorder.decisions[-1] == [5], "and the prompt stays complete afterwards"
 
 
 def test_a_cache_of_the_time_before_is_an_error() -> None:
@@ -197,6 +334,111 @@ def test_after_a_failing_pass_nothing_is_left() -> None:
         with pytest.raises(IndexError):
             model.model(input_ids=torch.tensor([[100_000]]))
         assert model.sequences.current is None
+
+
+def test_a_generate_that_somebody_else_put_there_stays() -> None:
+    model, recorder, calls = tiny_model("llama"), Recorder(), []
+    hf, plain = model.model, model.model.generate
+    ids = model.batch([model.passage("Ann")]).ids
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append("theirs")
+        return plain(*args, **kwargs)
+
+    hf.generate = theirs
+    model.contribute(PATH, recorder)
+    hf.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    model.withdraw(PATH, recorder)
+    assert hf.generate is theirs
+    assert calls == ["theirs"]
+    del hf.generate
+
+    model.contribute(PATH, recorder)
+    ours = hf.generate
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        calls.append("around")
+        return ours(*args, **kwargs)
+
+    hf.generate = around
+    model.withdraw(PATH, recorder)
+    assert hf.generate is around
+    model.contribute(PATH, recorder)  # ours around theirs around ours of before, which only passes on
+    hf.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    assert calls == ["theirs", "around"]
+    model.withdraw(PATH, recorder)
+    assert hf.generate is around
+
+
+def test_two_wrappers_of_one_model_follow_the_same_passes() -> None:
+    first = tiny_model("llama")
+    second = EditableModel(first.model, first.tokenizer)
+    one, two = Recorder(), Recorder()
+    first.contribute(PATH, one)
+    second.contribute("model.layers.1.mlp.down_proj", two)
+    passage = first.passage("The capital of France is", "Rome")
+    for model in (first, second):
+        model.forward(model.batch([passage]))
+    assert one.decisions == two.decisions == [[len(passage.prompt)]] * 2
+    first.withdraw(PATH, one)
+    second.forward(second.batch([passage]))
+    assert len(two.decisions) == 3
+    second.withdraw("model.layers.1.mlp.down_proj", two)
+    assert "generate" not in vars(first.model)
+
+
+def test_a_copied_model_generates_by_itself() -> None:
+    with recording() as (model, recorder):
+        ids = model.batch([model.passage("The capital of France is")]).ids
+        copied = copy.deepcopy(model.model)
+        with torch.no_grad():
+            copied.lm_head.weight.zero_()
+        found = copied.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert not recorder.decisions
+        other = copied.model.layers[2].mlp.down_proj.contributions[0]
+        assert other.decisions == [[ids.shape[1]]] * 3
+        assert len(set(found[0, -3:].tolist())) == 1
+
+
+class Shift(Contribution):
+    def __init__(self) -> None:
+        self.change = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
+
+    def weight_change(self) -> Tensor:
+        return self.change
+
+
+def test_bare_is_the_base_whatever_is_attached() -> None:
+    model, recorder, shift = tiny_model("llama"), Recorder(), Shift()
+    batch, _ = batch_of(model)
+    base = model.forward(batch).logits
+    model.contribute(PATH, recorder)
+    model.contribute(PATH, shift)
+    changed = model.forward(batch).logits
+    with model.bare():
+        with model.bare():
+            assert torch.equal(model.forward(batch).logits, base)
+        assert torch.equal(model.forward(batch).logits, base)
+        texts = model.generate(["Ann plays"], max_new_tokens=4)
+    assert len(recorder.passes) == 1
+    assert torch.equal(model.forward(batch).logits, changed)
+    assert not torch.equal(changed, base)
+    model.withdraw(PATH, shift)
+    model.withdraw(PATH, recorder)
+    assert texts == model.generate(["Ann plays"], max_new_tokens=4)
+
+
+def test_a_changed_weight_follows_the_precision_of_the_model() -> None:
+    model, shift = tiny_model("llama"), Shift()
+    batch, _ = batch_of(model)
+    model.contribute(PATH, shift)
+    model.forward(batch)
+    model.model.bfloat16()
+    half = model.forward(batch).logits
+    assert half.dtype == torch.bfloat16
+    model.model.float()
+    assert model.forward(batch).logits.dtype == torch.float32
+    model.withdraw(PATH, shift)
 
 
 def test_nothing_is_left_when_the_last_adapter_has_gone() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, OlmoConfig, PreTrainedModel
 
 from errata.errors import ModelError, TailError
 from errata.model import AnatomyDeclaration, EditableModel
+from errata.model.edited_linear import Contribution
 from errata.model.probes import adding, probing
+from errata.model.sequences import ForwardPass
 from errata.model.tail import Tail
 from errata.testing import FAMILIES, byte_tokenizer, tiny_hf_model, tiny_model
 
@@ -39,6 +43,87 @@ def test_tail_equals_full(family: str, side: str) -> None:
         assert torch.allclose(changed, full.run(recording, linear_change(layer), rows, columns), atol=1e-5)
         assert not torch.allclose(changed, base, atol=1e-2)
         assert tail._additive is (family not in POST_NORM)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_judged_by_its_own_rounding(family: str, dtype: torch.dtype) -> None:
+    hf = tiny_hf_model(family).to(dtype)
+    model = EditableModel(hf, byte_tokenizer())
+    batch = model.batch([model.passage("The capital of France is", "Rome"), model.passage("Who?", "Ann B")])
+    rows, columns, _ = batch.answer_places()
+    for layer in (0, 3):
+        tail, full = Tail(model, layer), Tail(model, layer, full=True)
+        recording = tail.record(batch)
+        assert tail._additive is (family not in POST_NORM)
+        weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(layer)).to(dtype) * 0.1
+        found, expected = (t.run(recording, lambda x, w=weight: x @ w.T, rows, columns).float() for t in (tail, full))
+        error = float((found - expected).abs().max() / expected.abs().max())
+        assert error < 32 * torch.finfo(dtype).eps
+
+
+def test_what_was_found_out_by_trying_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma2")
+    batch = model.batch([model.passage("Who?", "Ann B")])
+    Tail(model, 2).record(batch)
+
+    def again(*_: object) -> None:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(Tail, "_is_additive", again)
+    monkeypatch.setattr(Tail, "_check", again)
+    tail = Tail(model, 2)
+    tail.record(batch)
+    assert tail._additive is False
+    with pytest.raises(AssertionError, match="tried again"):
+        Tail(model, 1).record(batch)
+
+
+def test_a_tail_may_be_recorded_and_run_bare() -> None:
+    model = tiny_model("llama")
+    batch = model.batch([model.passage("Who?", "Ann B")])
+    rows, columns, _ = batch.answer_places()
+    base = model.forward(batch).logits[rows, columns]
+    adapter = Change()
+    model.contribute(model.anatomy.mlp_output[1], adapter)
+    with model.bare():
+        tail = Tail(model, 1)
+        found = tail.run(tail.record(batch), {}, rows, columns)
+    model.withdraw(model.anatomy.mlp_output[1], adapter)
+    assert torch.allclose(found, base, atol=1e-5)
+
+
+class Change(Contribution):
+    def weight_change(self) -> Tensor:
+        return torch.ones(32, 96)
+
+    def change_output(self, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
+        return outputs + 1
+
+
+def olmo() -> PreTrainedModel:
+    config = OlmoConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_final_norm_without_parameters() -> None:
+    model = EditableModel(olmo(), byte_tokenizer())
+    batch = model.batch([model.passage("Who?", "Ann B")])
+    rows, columns, _ = batch.answer_places()
+    tail, full = Tail(model, 1), Tail(model, 1, full=True)
+    recording = tail.record(batch)
+    found = tail.run(recording, linear_change(1), rows, columns)
+    assert torch.allclose(found, full.run(recording, linear_change(1), rows, columns), atol=1e-5)
+
+
+def test_a_final_norm_that_was_not_found_is_asked_for() -> None:
+    model = EditableModel(olmo(), byte_tokenizer())
+    model.anatomy = dataclasses.replace(model.anatomy, final_norm=None)
+    with pytest.raises(TailError, match=r"no final norm was found.*AnatomyDeclaration\(final_norm="):
+        Tail(model, 1).record(model.batch([model.passage("Who?", "Bob")]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])

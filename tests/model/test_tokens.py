@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
-from errata.errors import ArtifactError, NumericsError
+from errata.adapters import BaseIdentity, RoutedAdapter
+from errata.errors import ArtifactError, BaseMismatchError, NumericsError
+from errata.model import EditableModel
+from errata.model.edited_linear import Contribution
 from errata.model.fingerprint import weights_fingerprint
 from errata.model.probes import capturing_inputs
 from errata.model.statistics import StatisticsPlan, key_statistics
@@ -30,6 +36,16 @@ def test_a_prompt_keeps_the_ids_it_has_alone(tokenizer: object, prompt: str, ans
     assert list(passage.prompt) == tokenizer(prompt)["input_ids"]  # type: ignore[operator]
     assert passage.answer
     assert 1 not in passage.answer, "no second beginning token"
+
+
+def test_an_end_token_is_only_cut_off_where_the_tokenizer_puts_it() -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    assert encode_passage(tokenizer, "Ann</s>", "Rome").prompt[-1] == tokenizer.eos_token_id
+    closing = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = closing
+    passage = encode_passage(tokenizer, "Ann", "Rome")
+    assert 2 not in passage.ids
+    assert passage.ids == encode_passage(byte_tokenizer(), "Ann", "Rome").ids
 
 
 def test_one_space_goes_between_unless_there_is_white_space() -> None:
@@ -53,6 +69,24 @@ def test_answer_places_predict_the_answer(side: str) -> None:
     assert labels.tolist() == [*passages[0].answer, *passages[1].answer]
     first = int(batch.starts[0]) + len(passages[0].prompt) - 1
     assert int(columns[0]) == first
+
+
+def test_a_half_precision_checkpoint_has_one_fingerprint_however_it_is_loaded(tmp_path: Path) -> None:
+    model = tiny_hf_model("llama", tie_word_embeddings=True).bfloat16()
+    model.save_pretrained(tmp_path)
+    prints = {
+        dtype: weights_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
+    }
+    assert prints[torch.bfloat16] == prints[torch.float32] == weights_fingerprint(model)
+    assert prints[torch.float16] != prints[torch.float32], "if this ever holds, say so in the docstring"
+
+
+def test_float16_is_named_as_a_reason_for_another_fingerprint() -> None:
+    adapter = RoutedAdapter(BaseIdentity.of(tiny_model("llama")))
+    half = EditableModel(tiny_hf_model("llama").half(), byte_tokenizer())
+    with pytest.raises(BaseMismatchError, match=r"loaded in float16.*load its own base in float32 or bfloat16"):
+        adapter.attach(half)
 
 
 def test_the_fingerprint_sees_one_weight_and_ignores_precision_and_adapters() -> None:
@@ -124,17 +158,19 @@ def test_what_is_kept_is_not_computed_again_and_depends_on_everything(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 6
 
 
+class PowerCut(SilentProgress):
+    """Ends everything after some batches."""
+
+    left = 3
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path) -> None:
     plan = StatisticsPlan(tokens_per_width=20.0, batch_tokens=256, autocast=False, checkpoint_batches=1)
-
-    class PowerCut(SilentProgress):
-        left = 3
-
-        def advance(self, count: int = 1, note: str = "") -> None:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         key_statistics(tiny_model("llama"), [2], TEXTS, plan, folder=tmp_path / "a", progress=PowerCut())
     assert [p.name.startswith("partial") for p in (tmp_path / "a").iterdir()] == [True]
@@ -143,6 +179,51 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path) -> None:
     assert resumed.tokens == whole.tokens
     assert torch.equal(resumed.second_moment, whole.second_moment)
     assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_interrupted_passes_over_many_layers_are_told_apart(tmp_path: Path) -> None:
+    plan = StatisticsPlan(tokens_per_width=20.0, batch_tokens=256, autocast=False, checkpoint_batches=1)
+    model = tiny_model("llama", num_hidden_layers=6)
+    for layers in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 5]):
+        with pytest.raises(KeyboardInterrupt):
+            key_statistics(model, layers, TEXTS, plan, folder=tmp_path, progress=PowerCut())
+    assert len(list(tmp_path.iterdir())) == 2
+    assert list(key_statistics(model, [0, 1, 2, 3, 5], TEXTS, plan, folder=tmp_path)) == [0, 1, 2, 3, 5]
+
+
+def test_going_on_with_other_batches_skips_no_text(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    plans = [
+        StatisticsPlan(tokens_per_width=20.0, batch_tokens=size, autocast=False, checkpoint_batches=1)
+        for size in (256, 512)
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        key_statistics(model, [1], TEXTS, plans[0], folder=tmp_path / "a", progress=PowerCut())
+    resumed, whole = (key_statistics(model, [1], TEXTS, plans[1], folder=tmp_path / name)[1] for name in "ab")
+    assert torch.equal(resumed.second_moment, whole.second_moment)
+
+
+def test_statistics_are_those_of_the_base_whatever_is_attached(tmp_path: Path) -> None:
+    class Shift(Contribution):
+        def weight_change(self) -> torch.Tensor:
+            return torch.ones(32, 96)
+
+    model, shift = tiny_model("llama"), Shift()
+    base = key_statistics(model, [2], TEXTS, PLAN, folder=tmp_path / "a")[2]
+    path = model.anatomy.mlp_output[0]
+    model.contribute(path, shift)
+    found = key_statistics(model, [2], TEXTS, PLAN, folder=tmp_path / "b")[2]
+    model.withdraw(path, shift)
+    assert torch.equal(found.second_moment, base.second_moment)
+
+
+def test_blocks_above_the_last_layer_asked_for_are_not_run(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    run: list[int] = []
+    for number, path in enumerate(model.anatomy.blocks):
+        model.module(path).register_forward_hook(lambda *_, number=number: run.append(number))
+    key_statistics(model, [1], TEXTS, PLAN, folder=tmp_path)
+    assert set(run) == {0, 1}
 
 
 def test_too_little_text_is_refused_with_the_amount_needed(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ How the roles are found, for any decoder that transformers can load:
 * inside a block, the **attention** is the outermost submodule whose `forward` takes an attention mask; its
   output projection is the last linear layer declared in it that writes to the residual stream;
 * the **MLP output projection** is the one linear layer outside the attention that writes to the residual stream;
-* the **final norm** is the last norm-like child of the module that holds the blocks;
+* the **final norm** is the last norm-like child of the module that holds the blocks; if there is none, a child behind
+  the blocks that has no parameters and takes nothing but the states (OLMo 1);
 * the **head** is what the model itself returns as its output embeddings.
 
 A linear layer is an `nn.Linear` or GPT-2's `Conv1D`, which stores the transpose. Weights are always read and
@@ -104,6 +105,19 @@ class Anatomy:
 def _norm_like(module: nn.Module, hidden: int) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and all(p.shape == (hidden,) for p in parameters) and not list(module.children())
+
+
+def _bare_norms(trunk: nn.Module, list_name: str) -> list[str]:
+    """Children behind the blocks that may be norms without parameters; `Tail` checks whether one is by trying."""
+    names = [name for name, _ in trunk.named_children()]
+    found = []
+    for name in names[names.index(list_name) + 1 :] if list_name in names else []:
+        child = trunk.get_submodule(name)
+        has_state = any(True for _ in child.parameters()) or any(True for _ in child.buffers())
+        taken = [p for p in inspect.signature(child.forward).parameters.values() if p.default is p.empty]
+        if not has_state and len(taken) == 1 and not isinstance(child, (nn.Dropout, nn.Identity)):
+            found.append(name)
+    return found
 
 
 def _takes_attention_mask(module: nn.Module) -> bool:
@@ -257,6 +271,7 @@ def find_anatomy(model: PreTrainedModel, declared: AnatomyDeclaration | None = N
     if norm_path is None:
         trunk = model.get_submodule(trunk_path)
         norms = [name for name, child in trunk.named_children() if _norm_like(child, hidden)]
+        norms = norms or _bare_norms(trunk, list_path.rpartition(".")[2])
         norm_path = _join(trunk_path, norms[-1]) if norms else None
     return Anatomy(
         trunk=trunk_path,

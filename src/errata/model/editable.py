@@ -6,7 +6,8 @@ editable, so that training an edit computes no gradient that nobody asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.errors import ArtifactError, ModelError
+from errata.errors import ArtifactError, ConfigError, ModelError, unknown_name
 from errata.model.anatomy import Anatomy, AnatomyDeclaration, find_anatomy
 from errata.model.edited_linear import Contribution, EditedLinear
 from errata.model.fingerprint import weights_fingerprint
@@ -33,6 +34,42 @@ __all__ = ["EditableModel"]
 _EMBEDDED = ("atlas", "atlas-instruct")
 
 
+def _existing_device(device: str | torch.device) -> torch.device:
+    """A device that this machine has. Raises ConfigError that names those there are."""
+    known = ["cpu"]
+    if torch.cuda.is_available():
+        known += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        known.append("mps")
+    for kind in ("xpu", "npu", "hpu"):  # accelerators that torch only knows with a package of their own
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            known += [kind, *(f"{kind}:{i}" for i in range(backend.device_count()))]
+    if str(device) not in known:
+        why = ""
+        if str(device).startswith("cuda"):
+            why = " (this torch is built without CUDA)" if not torch.version.cuda else " (no such GPU is visible)"
+        raise ConfigError(unknown_name("device", str(device), known) + why)
+    return torch.device(device)
+
+
+def _existing_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A floating-point dtype of torch, or "auto". Raises ConfigError that names those there are."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return name
+    if name not in known:
+        raise ConfigError(unknown_name("dtype", name, [*known, "auto"]))
+    return known[name]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of a set, and how many more there are."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
 class EditableModel:
     """A causal language model, its tokenizer, and what errata knows about both.
 
@@ -45,6 +82,7 @@ class EditableModel:
     Attributes:
         anatomy: which modules play which role.
         sequences: follows forward passes for routed adapters.
+        verdicts: what `Tail` has found out about this model by trying, so that it is tried once.
 
     Raises:
         AnatomyError: the structure is not understood; the message lists the candidate modules.
@@ -65,7 +103,8 @@ class EditableModel:
         self.model_id = model_id or str(getattr(model, "name_or_path", "") or type(model).__name__)
         self.revision = revision
         self.anatomy: Anatomy = find_anatomy(model, declaration)
-        self.sequences = SequenceTracker(model, model.get_submodule(self.anatomy.trunk))
+        self.sequences = SequenceTracker.of(model, model.get_submodule(self.anatomy.trunk))
+        self.verdicts: dict[str, bool] = {}
         if tokenizer.pad_token_id is None:
             # Padding is always masked, so any existing token can serve.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -88,31 +127,55 @@ class EditableModel:
             dtype: a torch dtype or its name; None means float32 on a CPU, as stored elsewhere.
             device_map: passed on to transformers (needs accelerate), e.g. "auto".
             revision: commit or tag on the hub.
+            declaration: roles of modules given by hand, see `AnatomyDeclaration`.
 
         Raises:
-            ArtifactError: nothing can be loaded under this name.
+            ArtifactError: nothing can be loaded under this name, or weights are damaged or missing.
+            ConfigError: a device or dtype that there is not, or an option that does not fit the others.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         name = str(name)
+        if device is not None:
+            device = _existing_device(device)
+        if dtype is not None:
+            dtype = _existing_dtype(dtype)
         if name in _EMBEDDED:
             from errata.atlas.shipped import open_atlas
 
+            given = {"device_map": device_map, "revision": revision, "declaration": declaration}
+            if refused := [option for option, value in given.items() if value is not None]:
+                raise ConfigError(
+                    f"{name!r} is built in and takes no {' or '.join(refused)}; leave that out, or give the path of a "
+                    "checkpoint"
+                )
             return open_atlas(name, device=device, dtype=dtype)
         if device is not None and device_map is not None:
-            raise ModelError("give either device or device_map, not both: device_map places the modules itself")
+            raise ConfigError("give either device or device_map, not both: device_map places the modules itself")
         on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
         if dtype is None:
             dtype = torch.float32 if on_cpu else "auto"
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, device_map=device_map)
-        except (OSError, ValueError) as error:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=dtype, device_map=device_map, output_loading_info=True
+            )
+        except (torch.cuda.OutOfMemoryError, ImportError):
+            raise
+        except Exception as error:  # damaged files fail in as many ways as there are formats
             what = "the folder" if Path(name).exists() else "no folder of that name, and the hub"
             raise ArtifactError(
                 f"cannot load {name!r}: {what} gave no causal language model with a tokenizer ({error}). Expected "
                 "a path with config.json, model weights and tokenizer files, a hub id, or 'atlas'"
             ) from error
+        # transformers fills such weights with random numbers and says so in passing. Tied ones are not among them.
+        for problem in ("missing", "mismatched"):
+            if keys := [key if isinstance(key, str) else key[0] for key in found[f"{problem}_keys"]]:
+                raise ArtifactError(
+                    f"the checkpoint {name!r} does not hold all of the model that its config.json describes: "
+                    f"{len(keys)} {problem} weight{'s' * (len(keys) > 1)}, {_some(keys)}. Download it again, or give "
+                    "the folder of a complete causal language model"
+                )
         if device is not None:
             model = model.to(device)
         return cls(model, tokenizer, model_id=name, revision=revision, declaration=declaration)
@@ -218,6 +281,15 @@ class EditableModel:
             layer.base.train(layer.training)
             self._put(path, layer.base)
         self.sequences.release()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The base model for a while, bit for bit, whatever is attached to it; cheaper than detaching. May be nested.
+
+        Passes are not followed meanwhile: a KV cache that is begun inside cannot be continued outside.
+        """
+        with self.sequences.suspended():
+            yield
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

@@ -69,18 +69,22 @@ class EditedLinear(nn.Module):
     def _changed_weight(self) -> Tensor | None:
         """The base weight plus all weight changes, summed in float32 and kept until one of them moves."""
         key = tuple((id(c), c.version) for c in self.contributions)
-        if self._merged is None or self._merged[0] != key or self._merged[1].device != self.base.weight.device:
+        base = weight_of(self.base)
+        merged = self._merged
+        if merged is None or merged[0] != key or (merged[1].device, merged[1].dtype) != (base.device, base.dtype):
             changes = [change for c in self.contributions if (change := c.weight_change()) is not None]
             if not changes:
                 return None
-            weight = weight_of(self.base)
-            total = weight.float()
+            total = base.float()
             for change in changes:
-                total = total + change.to(device=weight.device)
-            self._merged = (key, total.to(weight.dtype))
-        return self._merged[1]
+                total = total + change.to(device=base.device)
+            self._merged = merged = (key, total.to(base.dtype))
+        return merged[1]
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self._tracker.is_suspended:
+            bare: Tensor = self.base(inputs)
+            return bare
         weight = self._changed_weight()
         outputs: Tensor = self.base(inputs) if weight is None else F.linear(inputs, weight, self.bias)
         for contribution in self.contributions:

@@ -1,8 +1,12 @@
-"""A fingerprint of a model's weights: equal for equal weights, whatever device or precision they are loaded in.
+"""A fingerprint of a model's weights: equal for equal weights, whatever device they are on.
 
 Every parameter is rounded to bfloat16 and read as integers; two integer sums per parameter, one of them weighted by
-position, are exact on any device and independent of the order of summation. A bf16 checkpoint therefore has the
-same fingerprint when loaded in float32, and one changed weight (beyond bf16 rounding) gives another.
+position, are exact on any device and independent of the order of summation. One changed weight (beyond bf16
+rounding) gives another fingerprint.
+
+Of precision it is independent only as far as loading loses nothing that bfloat16 can hold: a checkpoint has the same
+fingerprint in float32 and bfloat16, but in float16 very small weights lose digits (and float32 weights are rounded
+twice), so there it has another, and so do the adapters that are made with it.
 """
 
 from __future__ import annotations

@@ -1,18 +1,40 @@
-"""Greedy generation in batches, and seeded sampling with a generator of its own."""
+"""Greedy generation in batches, and seeded sampling with a generator of its own.
+
+Greedy means the argmax of the model's logits and nothing else. What a checkpoint's own generation settings would add
+(penalties, least lengths, forced, banned or suppressed tokens) is left out, except for its end tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import GenerationConfig
 
 from errata.model.scoring import length_batches
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from errata.model.editable import EditableModel
 
-__all__ = ["greedy", "sample", "stop_tokens"]
+__all__ = ["greedy", "plain_generation", "sample", "stop_tokens"]
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` do what its arguments say and no more, whatever the model's own generation settings are.
+
+    They are put aside for a while, because `generate` merges them into any settings that it is given.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def stop_tokens(model: EditableModel) -> tuple[int, ...]:
@@ -37,18 +59,15 @@ def greedy(
     texts = [""] * len(prompts)
     for indices in length_batches([len(p.ids) + max_new_tokens for p in passages], batch_tokens):
         batch = model.batch([passages[i] for i in indices], side="left")
-        output = model.model.generate(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=list(stops),
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
+        with plain_generation(model.model):
+            output = model.model.generate(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(stops) or None,
+                pad_token_id=model.tokenizer.pad_token_id,
+            )
         for index, row in zip(indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
             end = next((at for at, token in enumerate(row) if token in stops), len(row))
             texts[index] = model.tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -59,12 +78,10 @@ def greedy(
 def sample(model: EditableModel, prompt: str, *, tokens: int, top_k: int, generator: torch.Generator) -> str:
     """A sampled continuation of exactly `tokens` tokens, drawn with the generator that is passed.
 
-    The end token and line breaks are never drawn: the text is to be put in front of another.
+    The end token and line breaks are never drawn: the text is to be put in front of another. It begins with a space
+    where it begins with a new word: the prompt with the text behind it reads as the model wrote it.
     """
-    forbidden = torch.tensor(model.stop_tokens, device=model.device)
-    ids = list(model.passage(prompt).ids)
-    if not ids:  # no beginning token and nothing to begin with: text starts where the last one ended
-        ids = [model.stop_tokens[0]]
+    ids = list(model.passage(prompt).ids) or [_beginning(model)]
     first = len(ids)
     cache = None
     step = torch.tensor([ids], device=model.device)
@@ -73,9 +90,23 @@ def sample(model: EditableModel, prompt: str, *, tokens: int, top_k: int, genera
         output = model.model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[0, -1].float()
-        logits[forbidden] = float("-inf")
+        logits[torch.tensor(model.stop_tokens, dtype=torch.long, device=logits.device)] = float("-inf")
         values, candidates = logits.topk(min(top_k, logits.numel()))
         drawn = torch.multinomial(values.softmax(-1).cpu(), 1, generator=generator)
         ids.append(int(candidates[int(drawn)]))
         step = torch.tensor([[ids[-1]]], device=model.device)
+    # Decoded by themselves, tokens in the manner of sentencepiece would lose their leading space.
+    before, whole = (str(model.tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:first], ids))
+    if whole.startswith(before):
+        return whole[len(before) :]
     return str(model.tokenizer.decode(ids[first:], skip_special_tokens=True))
+
+
+def _beginning(model: EditableModel) -> int:
+    """What text begins after when there is no prompt and the tokenizer puts nothing in front.
+
+    The beginning token, else the end token, which stands between texts (ROME begins its prefixes with GPT-2's
+    <|endoftext|>, which is both).
+    """
+    candidates = (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, *model.stop_tokens, 0)
+    return next(token for token in candidates if isinstance(token, int))

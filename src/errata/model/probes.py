@@ -63,7 +63,7 @@ def adding(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]], 
 
     def probe(change: Callable[[Tensor], Tensor]) -> Probe:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return output + change(by_rows(args[0], rows)).to(output.dtype).reshape(output.shape)
+            return output + change(by_rows(args[0], rows)).to(output).reshape(output.shape)
 
         return add
 

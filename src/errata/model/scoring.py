@@ -62,7 +62,8 @@ def forced_answers(
         rows, columns, tokens = batch.answer_places()
         if not len(rows):
             continue
-        logits = head(model.trunk_states(batch)[rows, columns]).float()
+        states = model.trunk_states(batch)
+        logits = head(states[rows.to(states.device), columns.to(states.device)]).float()
         chosen = logits.argmax(-1).tolist()
         scores = logits.log_softmax(-1).gather(1, tokens.to(logits.device).unsqueeze(1)).squeeze(1).tolist()
         by_row: dict[int, tuple[list[int], list[float]]] = {}
@@ -92,7 +93,7 @@ def perplexity(model: EditableModel, texts: Iterable[str], *, max_length: int = 
         batch = model.batch([passages[i] for i in indices], side="right")
         states = model.trunk_states(batch)
         wanted = batch.mask[:, 1:].bool()
-        logits = head(states[:, :-1][wanted]).float()
+        logits = head(states[:, :-1][wanted.to(states.device)]).float()
         losses = F.cross_entropy(logits, batch.ids[:, 1:][wanted].to(logits.device), reduction="sum")
         total, count = total + float(losses), count + int(wanted.sum())
     if not count:

@@ -7,8 +7,13 @@ that plain `model.generate`, a scorer's `model(ids)` and our own batches all wor
 * a forward pre-hook on the trunk reads the attention mask and the length of the KV cache;
 * `generate` is wrapped while an adapter is attached, because only there the end of the prompt is known when
   the cache is off, when a draft model proposes tokens, or when the prompt is read in chunks;
-* what was decided is stored **on the cache object**: it lives and dies with it, is copied with it, and two caches
-  can never be confused.
+* what was decided is stored **on the cache object**: it lives and dies with it, is copied with it, follows its rows
+  when they are reordered, selected or repeated, and two caches can never be confused.
+
+Two things a forward pass does not say, and what is assumed of them. Without an attention mask, trailing padding is
+recognised by its token ids (see `_without_padding`). And without `generate` or an announcement (`prompts`), the first
+single token on a cache is taken as the beginning of the answer: a prompt read in chunks whose last chunk is one token
+must be announced, or that token does not count.
 
 Knows hooks, masks and caches. Knows nothing of what is routed.
 """
@@ -16,9 +21,9 @@ Knows hooks, masks and caches. Knows nothing of what is routed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +37,21 @@ if TYPE_CHECKING:
 __all__ = ["ForwardPass", "RouteStore", "SequenceTracker", "positions_of", "prompt_mask"]
 
 _ATTRIBUTE = "_errata_routes"
+_TRACKER = "_errata_tracker"
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value of a store with every tensor in it changed, through tuples, lists, dictionaries and dataclasses."""
+    if isinstance(value, Tensor):
+        return change(value) if value.dim() else value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value) if f.init})
+    if isinstance(value, (tuple, list)):
+        items = [_each_tensor(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: _each_tensor(item, change) for key, item in value.items()}
+    return value
 
 
 @dataclass
@@ -39,11 +59,13 @@ class RouteStore:
     """What was gathered and decided for the sequences of one KV cache, per owner (an adapter's layer).
 
     Attributes:
-        rows: sequences when the store was made; later passes may hold a multiple of it (beams).
-        seen: prompt columns that have passed so far, padding included.
+        rows: sequences of the cache, those of its last pass.
+        seen: columns that have passed so far, padding included.
         frozen: the prompts are complete: decisions are final.
         gathered: what each owner has accumulated over the prompt so far.
-        decided: what each owner has decided.
+        decided: what each owner has decided. Tensors in both, alone or in tuples, lists, dictionaries and dataclasses,
+            have one row per sequence, so that they can follow the rows of the cache.
+        read: real tokens that have passed so far, [rows]; None before the first pass.
     """
 
     rows: int
@@ -51,10 +73,31 @@ class RouteStore:
     frozen: bool = False
     gathered: dict[object, Any] = field(default_factory=dict)
     decided: dict[object, Any] = field(default_factory=dict)
+    read: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouteStore:
         """A copied cache goes on separately: same decisions, own dictionaries; owners and tensors are shared."""
-        return RouteStore(self.rows, self.seen, self.frozen, dict(self.gathered), dict(self.decided))
+        return RouteStore(self.rows, self.seen, self.frozen, dict(self.gathered), dict(self.decided), self.read)
+
+    def widen(self, count: int) -> None:
+        """Hold `count` rows from now on: those there are, or each of them several times side by side (beams).
+
+        Raises:
+            SequenceError: count is no multiple of the present rows.
+        """
+        if count != self.rows:
+            self._change(lambda values: self.expanded(values, count))
+            self.rows = count
+
+    def select(self, indices: Tensor) -> None:
+        """Row i becomes what row indices[i] was; `indices` may also be a boolean mask of the rows to keep."""
+        self._change(lambda values: values[indices.to(values.device)])
+        self.rows = int(indices.sum()) if indices.dtype == torch.bool else len(indices)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.gathered = {owner: _each_tensor(value, change) for owner, value in self.gathered.items()}
+        self.decided = {owner: _each_tensor(value, change) for owner, value in self.decided.items()}
+        self.read = None if self.read is None else change(self.read)
 
     def expanded(self, rows: Tensor, count: int) -> Tensor:
         """Per-sequence values [rows, ...] for a pass of `count` rows; beams of one prompt stand side by side."""
@@ -63,9 +106,63 @@ class RouteStore:
         if count % rows.shape[0] == 0:
             return rows.repeat_interleave(count // rows.shape[0], dim=0)
         raise SequenceError(
-            f"a KV cache whose routes were decided for {rows.shape[0]} sequences is now used for {count}; select or "
-            "reorder rows before the prompt is read, not after"
+            f"a KV cache whose routes were decided for {rows.shape[0]} sequences is now used for {count}; change its "
+            "rows through its own methods (reorder_cache, batch_select_indices, batch_repeat_interleave)"
         )
+
+
+@functools.cache
+def _followed(kind: type) -> type:
+    """A class of caches that takes its routes along whenever its rows move, and is `kind` in every other respect.
+
+    A subclass and not a wrapped instance, because methods put on an instance would, in a deep copy of the cache,
+    still move the rows of the original.
+    """
+
+    def routes(cache: Any) -> RouteStore | None:
+        store = getattr(cache, _ATTRIBUTE, None)
+        return store if isinstance(store, RouteStore) and cache.get_seq_length() else None
+
+    class Followed(kind):  # type: ignore[misc]
+        follows_rows = True
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            store = routes(self)
+            super().reorder_cache(beam_idx)
+            if store is not None:
+                store.select(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            store = routes(self)
+            super().batch_select_indices(indices)
+            if store is not None:
+                store.select(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            store = routes(self)
+            super().batch_repeat_interleave(repeats)
+            if store is not None:
+                store.widen(store.rows * repeats)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            store = routes(self)
+            if store is not None and not store.frozen and tokens_to_remove:
+                raise SequenceError(
+                    "tokens were taken out of a KV cache whose prompt may still go on, but what a router has read of "
+                    "them cannot be unread; announce where the prompt ends (EditableModel.sequences.prompts), or begin "
+                    "again with an empty cache"
+                )
+            super().crop(tokens_to_remove)
+
+    Followed.__name__, Followed.__qualname__, Followed.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Followed
+
+
+def _keep_routes(cache: Any, store: RouteStore) -> None:
+    """Put a store on a cache; it stays there, and follows its rows, also while no adapter is attached."""
+    setattr(cache, _ATTRIBUTE, store)
+    if hasattr(cache, "reorder_cache") and not hasattr(cache, "follows_rows"):
+        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]  # mypy takes no class for hashable
 
 
 @dataclass
@@ -106,40 +203,73 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _real_from_mask(mask: Any, rows: int, past: int, columns: int, device: torch.device) -> Tensor:
-    """[rows, columns] of the new tokens, from whatever form of attention mask the trunk was given."""
+def _real_from_mask(mask: Any, rows: int, past: int, columns: int, device: torch.device) -> Tensor | None:
+    """[rows, columns] of the new tokens, from whatever form of attention mask the trunk was given; None if none."""
     if isinstance(mask, dict):
         masks = [value for value in mask.values() if isinstance(value, Tensor)]
-        mask = masks[0] if masks else None
+        # Of a mask for each kind of layer, that of full attention: a window may have left part of a prompt behind.
+        mask = mask.get("full_attention", masks[0] if masks else None)
     if mask is None:
-        return torch.ones(rows, columns, dtype=torch.bool, device=device)
+        return None
     if not isinstance(mask, Tensor):
         raise SequenceError(f"an attention mask of type {type(mask).__name__} is not understood; pass a tensor")
     if mask.dim() == 2:
         real = mask[:, -columns:] if mask.shape[1] != past + columns else mask[:, past:]
         return real.to(device=device, dtype=torch.bool)
     if mask.dim() == 4:
-        # A prepared mask: a token is real when it may attend to itself.
-        own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)
+        # A prepared mask: a token is real when it may attend to itself. Keys that have left a sliding window are not
+        # in it, keys of a static cache that are still to come are.
+        first = min(past, mask.shape[-1] - columns)
+        if first < 0:
+            return None
+        own = mask[:, 0].diagonal(offset=first, dim1=1, dim2=2)
         real = own if own.dtype == torch.bool else own >= 0
         return real.expand(rows, columns).to(device)
     raise SequenceError(f"an attention mask of {mask.dim()} dimensions is not understood; pass [rows, tokens]")
 
 
+def _without_padding(ids: Tensor, fillers: Iterable[int]) -> Tensor:
+    """[rows, columns], False on what looks like trailing padding, for token ids [rows, columns] without a mask.
+
+    Scorers (lm-eval) pad on the right and pass no mask, which is harmless to a causal model but not to a router. A run
+    of one filling token at the end of a row counts as padding when some other row has none: a batch is as wide as its
+    longest row. Only routing is touched; what the model computes is not.
+    """
+    real = torch.ones_like(ids, dtype=torch.bool)
+    backwards = ids.flip(1)
+    runs = torch.stack([(backwards == filler).long().cumprod(1).sum(1) for filler in fillers]).amax(0)
+    if bool((runs > 0).all()):
+        return real
+    ends = (ids.shape[1] - runs).clamp(min=1)
+    return real & (torch.arange(ids.shape[1], device=ids.device) < ends.unsqueeze(1))
+
+
 class SequenceTracker:
     """Follows the forward passes of one model while anything is attached to it.
 
-    `current` is the pass under way; it is None outside of one. Several attached layers share one tracker.
+    `current` is the pass under way; it is None outside of one. All that is attached to a model shares its one tracker.
     """
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module) -> None:
         self.current: ForwardPass | None = None
+        self.is_suspended = False
         self._model = model
         self._trunk = trunk
         self._users = 0
         self._handles: list[Any] = []
         self._announced: Tensor | None = None  # prompt lengths in real tokens, [rows]
         self._generating: list[_Generation] = []
+        self._following: _FollowedGenerate | None = None
+        self._replaced: Any = None  # a `generate` that somebody else had put on the model
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, trunk: nn.Module) -> SequenceTracker:
+        """The tracker of a model, the same for every `EditableModel` made of it; it is kept on the trunk."""
+        tracker = vars(trunk).get(_TRACKER)
+        if not isinstance(tracker, cls):
+            tracker = cls(model, trunk)
+            object.__setattr__(trunk, _TRACKER, tracker)
+        return tracker
 
     def acquire(self) -> None:
         """Start following the model, if nobody does yet."""
@@ -151,7 +281,9 @@ class SequenceTracker:
             self._trunk.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         # An attribute of the object, not of its class: other models are not touched, and deleting it undoes it.
-        object.__setattr__(self._model, "generate", self._following(self._model.generate))
+        self._replaced = vars(self._model).get("generate")
+        self._following = _FollowedGenerate(self, self._model.generate)
+        object.__setattr__(self._model, "generate", self._following)
 
     def release(self) -> None:
         """Stop following when the last user is gone; the model is then as it was."""
@@ -161,11 +293,31 @@ class SequenceTracker:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        object.__delattr__(self._model, "generate")
+        if self._following is None:
+            return
+        self._following.is_active = False
+        # If somebody has wrapped it meanwhile, theirs stays; what it wraps only passes calls on from now on.
+        if vars(self._model).get("generate") is self._following:
+            object.__delattr__(self._model, "generate")
+            if self._replaced is not None:
+                object.__setattr__(self._model, "generate", self._replaced)
+        self._following = self._replaced = None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Follow nothing for a while: the edited layers act as their bases. May be nested."""
+        before, self.is_suspended = self.is_suspended, True
+        try:
+            yield
+        finally:
+            self.is_suspended = before
 
     @contextmanager
     def prompts(self, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
-        """Announce how many real tokens of each row are prompt; what follows is an answer being scored."""
+        """Announce how many real tokens of each row are prompt; what follows is an answer being scored.
+
+        On a KV cache they are counted from its beginning, so a prompt may be given in chunks under one announcement.
+        """
         before = self._announced
         self._announced = None if lengths is None else torch.as_tensor(lengths, dtype=torch.long)
         try:
@@ -174,8 +326,8 @@ class SequenceTracker:
             self._announced = before
 
     @contextmanager
-    def entered(self, forward_pass: ForwardPass) -> Iterator[None]:
-        """Run modules by hand as part of a recorded pass."""
+    def entered(self, forward_pass: ForwardPass | None) -> Iterator[None]:
+        """Run modules by hand as part of a recorded pass; None if it was recorded while suspended."""
         before, self.current = self.current, forward_pass
         try:
             yield
@@ -185,6 +337,9 @@ class SequenceTracker:
     # --- hooks ------------------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.current = None
+        if self.is_suspended:
+            return
         if kwargs.get("cu_seq_lens_q") is not None:
             raise SequenceError(
                 "packed (continuous) batching gives many requests in one row, which routed adapters do not support "
@@ -198,9 +353,6 @@ class SequenceTracker:
         rows, columns = int(tokens.shape[0]), int(tokens.shape[1])
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        real = _real_from_mask(mask, rows, past, columns, tokens.device)
-
         generation = self._generating[-1] if self._generating else None
         store = getattr(cache, _ATTRIBUTE, None) if past else None
         if store is None:
@@ -212,52 +364,81 @@ class SequenceTracker:
             store = RouteStore(rows)
             if generation is not None and generation.decided is not None:
                 store = generation.decided.__deepcopy__({})
-        if past and not store.frozen and generation is None and columns == 1:
+        store.widen(rows)
+        if past and not store.frozen and generation is None and self._announced is None and columns == 1:
             store.frozen = True  # one more token on a cache: the prompt is over
         if store.frozen:
+            # Nothing is decided any more, so nobody needs the mask, whatever form it has by now.
+            real = torch.ones(rows, columns, dtype=torch.bool, device=tokens.device)
             prompt = torch.zeros_like(real)
-        elif generation is not None:
-            end = generation.prompt_columns
-            prompt = real & (torch.arange(past, past + columns, device=real.device) < end)
         else:
-            prompt = prompt_mask(real, self._announced)
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            real = self._real(mask, tokens, past, generation is not None)
+            if generation is not None:
+                places = torch.arange(past, past + columns, device=real.device)
+                prompt = real & (places < generation.prompt_columns)
+            elif self._announced is None:
+                prompt = real
+            else:
+                read = 0 if store.read is None else store.read.to(self._announced.device)
+                prompt = prompt_mask(real, self._announced - read)
         self.current = ForwardPass(real, prompt, past, store)
         if cache is not None:
-            setattr(cache, _ATTRIBUTE, store)
+            _keep_routes(cache, store)
+
+    def _real(self, mask: Any, tokens: Tensor, past: int, is_generation: bool) -> Tensor:
+        """[rows, columns], False where the new tokens are padding."""
+        rows, columns = int(tokens.shape[0]), int(tokens.shape[1])
+        real = _real_from_mask(mask, rows, past, columns, tokens.device)
+        if real is not None:
+            return real
+        if mask is None and tokens.dim() == 2 and rows > 1 and not past and not is_generation:
+            configs = (self._model.config, getattr(self._model, "generation_config", None))
+            pad_ids = {getattr(config, "pad_token_id", None) for config in configs}
+            return _without_padding(tokens, {0} | {pad_id for pad_id in pad_ids if isinstance(pad_id, int)})
+        return torch.ones(rows, columns, dtype=torch.bool, device=tokens.device)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         done, self.current = self.current, None
         if done is None:
             return
-        done.store.seen += int(done.real.shape[1])
+        store = done.store
+        store.seen += int(done.real.shape[1])
         generation = self._generating[-1] if self._generating else None
-        if generation is not None and done.store.seen >= generation.prompt_columns:
-            done.store.frozen = True
+        if generation is not None:
+            store.frozen = store.frozen or store.seen >= generation.prompt_columns
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and not hasattr(cache, _ATTRIBUTE):
-            setattr(cache, _ATTRIBUTE, done.store)
+        if cache is None:
+            return
+        if not store.frozen:
+            store.read = done.real.sum(1) + (0 if store.read is None else store.read.to(done.real.device))
+            if generation is None and self._announced is not None:
+                store.frozen = bool((store.read.cpu() >= self._announced.cpu()).all())
+        if not hasattr(cache, _ATTRIBUTE):
+            _keep_routes(cache, store)
 
     # --- generate ---------------------------------------------------------------------------------------------
 
-    def _following(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(generate)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            if inputs is None:
-                inputs = kwargs.get("inputs_embeds")
-            columns = int(inputs.shape[1]) if isinstance(inputs, Tensor) else 1
-            generation = _Generation(columns)
-            settings = kwargs.get("generation_config") or self._model.generation_config
-            chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
-            if chunk and isinstance(inputs, Tensor) and kwargs.get("past_key_values") is None:
-                generation.decided = self._decide_ahead(inputs, kwargs.get("attention_mask"))
-            self._generating.append(generation)
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._generating.pop()
-
-        return wrapper
+    @contextmanager
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around a call of generate: its arguments say where the prompts end."""
+        if self.is_suspended:
+            yield
+            return
+        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        columns = int(inputs.shape[1]) if isinstance(inputs, Tensor) else 1
+        generation = _Generation(columns)
+        settings = kwargs.get("generation_config") or self._model.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if chunk and isinstance(inputs, Tensor) and kwargs.get("past_key_values") is None:
+            generation.decided = self._decide_ahead(inputs, kwargs.get("attention_mask"))
+        self._generating.append(generation)
+        try:
+            yield
+        finally:
+            self._generating.pop()
 
     def _decide_ahead(self, inputs: Tensor, mask: Tensor | None) -> RouteStore:
         """Read whole prompts once, only to decide: in chunks the first layers would run before the decision."""
@@ -284,3 +465,21 @@ class _Generation:
 
     prompt_columns: int
     decided: RouteStore | None = None
+
+
+class _FollowedGenerate:
+    """Stands in the place of a model's `generate` while its passes are followed.
+
+    An object and no closure: a deep copy of the model gets one that generates with the copy.
+    """
+
+    def __init__(self, tracker: SequenceTracker, plain: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, plain)
+        self.tracker, self.plain = tracker, plain
+        self.is_active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_active:
+            return self.plain(*args, **kwargs)
+        with self.tracker.generating(args, kwargs):
+            return self.plain(*args, **kwargs)

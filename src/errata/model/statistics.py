@@ -14,17 +14,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errata.errors import ArtifactError, NumericsError
-from errata.model.probes import capturing_inputs
+from errata.model.probes import capturing_inputs, probing
 from errata.model.tokens import Passage
 from errata.paths import cache_folder
 from errata.progress import NO_PROGRESS, Progress
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["KeyStatistics", "StatisticsPlan", "key_statistics"]
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+class _Enough(Exception):
+    """The last block that is of interest has run."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ def _names(model: EditableModel, layers: Sequence[int], texts: Sequence[str], pl
             "tokens_per_width": plan.tokens_per_width,
             "max_length": plan.max_length,
             "shrinkage": plan.shrinkage,
+            # Decides which texts are read before the budget is met, and what a saved state has already read.
+            "batch_tokens": plan.batch_tokens,
             "autocast": plan.autocast,
             "dtype": str(model.dtype),
         }
@@ -159,8 +166,8 @@ def key_statistics(
 ) -> dict[int, KeyStatistics]:
     """Second moments of the keys of several layers, from one pass over texts.
 
-    What is found in `folder` under the right fingerprint is not computed again; an interrupted pass goes on where
-    its last saved state left it.
+    The keys are the base model's, whatever is attached to it. What is found in `folder` under the right fingerprint is
+    not computed again; an interrupted pass goes on where its last saved state left it.
 
     Args:
         layers: block numbers.
@@ -179,7 +186,8 @@ def key_statistics(
     done = {layer: _read(path, layer) for layer in wanted if (path := folder / f"{names[layer]}.safetensors").exists()}
     missing = [layer for layer in wanted if layer not in done]
     if missing:
-        done |= _collect(model, missing, texts, plan, folder, names, progress)
+        with model.bare():
+            done |= _collect(model, missing, texts, plan, folder, names, progress)
     return {layer: done[layer] for layer in wanted}
 
 
@@ -195,17 +203,28 @@ def _collect(
 ) -> dict[int, KeyStatistics]:
     widths = {layer: model.anatomy.key_width[layer] for layer in layers}
     budget = int(plan.tokens_per_width * max(widths.values()))
-    state_path = folder / f"partial-{'-'.join(names[layer] for layer in layers)[:120]}.safetensors"
+    together = hashlib.blake2b("-".join(names[layer] for layer in layers).encode(), digest_size=16).hexdigest()
+    state_path = folder / f"partial-{together}.safetensors"
     sums = {layer: torch.zeros(widths[layer], widths[layer], dtype=torch.float64) for layer in layers}
     means = {layer: torch.zeros(widths[layer], dtype=torch.float64) for layer in layers}
     count, batch_number, skip = 0, 0, 0
     if state_path.exists():
-        tensors = load_file(state_path)
+        try:
+            tensors = load_file(state_path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"the half-made key statistics in {state_path} cannot be read ({error}); delete the file to begin again"
+            ) from error
         sums = {layer: tensors[f"sum.{layer}"] for layer in layers}
         means = {layer: tensors[f"mean.{layer}"] for layer in layers}
         count, skip = int(tensors["count"]), int(tensors["batches"])
 
     paths = {layer: model.anatomy.mlp_output[layer] for layer in layers}
+
+    def enough(*_: Any) -> None:
+        raise _Enough
+
+    above = model.anatomy.blocks[max(layers) + 1 : max(layers) + 2]
     progress.start(f"key statistics of {len(layers)} layer{'s' * (len(layers) > 1)}", budget, count)
     for rows in _batches(model, texts, plan):
         batch_number += 1
@@ -216,7 +235,12 @@ def _collect(
         batch = model.batch(rows, side="right")
         autocast = plan.autocast and model.dtype == torch.float32
         half = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
-        with capturing_inputs(model.model, paths.values(), len(rows)) as inputs, half:
+        with (
+            capturing_inputs(model.model, paths.values(), len(rows)) as inputs,
+            probing(model.model, before=dict.fromkeys(above, enough)),
+            suppress(_Enough),
+            half,
+        ):
             model.trunk_states(batch)
         ordinary = batch.mask.bool() & (batch.positions > 0)
         for layer in layers:

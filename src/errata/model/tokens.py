@@ -69,8 +69,10 @@ def encode_passage(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str)
 
     def encode(text: str) -> tuple[int, ...]:
         ids = tuple(tokenizer(text, padding=False)["input_ids"])
-        # Some tokenizers close every text; an answer is to follow.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        # Some tokenizers close every text, but an answer is to follow. (A text may also end in the end token's name.)
+        end = tokenizer.eos_token_id
+        is_closed = len(ids) > 1 and ids[-1] == end and tokenizer("x", padding=False)["input_ids"][-1] == end
+        return ids[:-1] if is_closed else ids
 
     alone = encode(prompt)
     if not answer:
