@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.datasets import read_edits, write_edits
-from errata.edit import Edit, FieldProblem, find_conflicts
+from errata.edit import Edit, FieldProblem
 
 # What `str.splitlines` takes for line ends is drawn often: JSON may hold it as it is.
 _CHARACTERS = st.characters(exclude_categories=("Cs",)) | st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r\n")
@@ -88,14 +88,3 @@ def test_what_does_not_fit_is_named_with_a_remedy(record: Any, field: str | None
     assert caught.value.field == field
     assert words in str(caught.value)
     assert caught.value.remedy
-
-
-def test_conflicts_name_the_superseded_edit_once() -> None:
-    edits = [
-        Edit(prompt="p", target="a"),
-        Edit(prompt="q", target="a"),
-        Edit(prompt=" p ", target="b"),
-        Edit(prompt="q", target="a"),
-        Edit(prompt="p", target="c"),
-    ]
-    assert find_conflicts(edits) == [(0, 2), (2, 4)]

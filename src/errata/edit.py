@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from errata.errors import EditError
 
-__all__ = ["Edit", "FieldProblem", "Probe", "find_conflicts"]
+__all__ = ["Edit", "FieldProblem", "Probe"]
 
 
 class FieldProblem(EditError):
@@ -183,19 +183,3 @@ class Edit(BaseModel):
     def to_json(self) -> str:
         """One line of JSONL, without the line break."""
         return json.dumps(self.to_record(), ensure_ascii=False)
-
-
-def find_conflicts(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) of indices where the later edit gives the same prompt another target.
-
-    The later one supersedes the earlier; each earlier edit is named once, with the first that supersedes it.
-    """
-    latest: dict[str, int] = {}
-    pairs: list[tuple[int, int]] = []
-    for index, edit in enumerate(edits):
-        key = " ".join(edit.prompt.split())
-        before = latest.get(key)
-        if before is not None and edits[before].target != edit.target:
-            pairs.append((before, index))
-        latest[key] = index
-    return pairs
