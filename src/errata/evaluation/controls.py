@@ -2,7 +2,7 @@
 
 * **unedited**: the base model, asked the same questions;
 * **no-op**: the same method writes back what the model already answers; any loss is damage and nothing else;
-* **random content**: the finished adapter with its content replaced by noise of the same norm; tells whether
+* **random content**: the finished adapter with its outputs rotated at random, the norm kept; tells whether
   locality suffers from what was written or merely from how much.
 """
 

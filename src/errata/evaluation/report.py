@@ -155,7 +155,7 @@ def write_report(path: Path, report: RunReport) -> Path:
                 "perplexity": _share(control.perplexity),
                 "meaning": "the same method writes back the old answers (its targets here); any loss is damage"
                 if no_op
-                else "noise of the same norm in place of what was written",
+                else "what was written, turned into random directions of the same norm",
             }
         )
     cards = [
