@@ -1,8 +1,8 @@
 """Training an edit on the blocks above it against training it through whole forward passes: same code, same result.
 
-Two models: atlas (six blocks, the memory beside the fifth) and a random Llama of 24 blocks and hidden size 256, with the
-memory beside several blocks of its upper third. Both ways run alternately, a few edits each, without early stopping, so
-that both take the same steps; the median over edits is compared.
+Two models: atlas (six blocks, the memory beside the fifth) and a random Llama of 24 blocks and hidden size 256, with
+the memory beside several blocks of its upper third. Both ways run alternately, a few edits each, without early
+stopping, so that both take the same steps; the median over edits is compared.
 
 How much the tail can save follows from the depth: whole passes run every block forward, and both ways run the blocks
 above the layer forward and back. With n of them, the ratio cannot exceed (24 + n) / 2n.
@@ -91,6 +91,6 @@ def run(progress: Progress = NO_PROGRESS) -> dict[str, Any]:
     """Ratios full / tail: how many times faster an edit is through the tail."""
     rows = [_compare("atlas", EditableModel.load("atlas"), 4, progress)]
     deep = _deep_model()
-    for layer in _DEEP_LAYERS:
-        rows.append(_compare("random Llama, 24 blocks, hidden size 256", deep, layer, progress))
+    name = "random Llama, 24 blocks, hidden size 256"
+    rows += [_compare(name, deep, layer, progress) for layer in _DEEP_LAYERS]
     return {"ratios": {"tail_vs_full": rows[0]["ratio"], "tail_vs_full_24": rows[-1]["ratio"]}, "rows": rows}
