@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EditableModel"]
 
-_EMBEDDED = ("atlas", "atlas-instruct")
-
 
 def _existing_device(device: str | torch.device) -> torch.device:
     """A device that this machine has. Raises ConfigError that names those there are."""
@@ -140,9 +138,9 @@ class EditableModel:
             device = _existing_device(device)
         if dtype is not None:
             dtype = _existing_dtype(dtype)
-        if name in _EMBEDDED:
-            from errata.atlas.shipped import open_atlas
+        from errata.atlas.shipped import ATLAS_NAMES, open_atlas
 
+        if name in ATLAS_NAMES:
             given = {"device_map": device_map, "revision": revision, "declaration": declaration}
             if refused := [option for option, value in given.items() if value is not None]:
                 raise ConfigError(
