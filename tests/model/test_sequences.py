@@ -319,6 +319,189 @@ def test_announced_prompts_end_where_they_were_said_to() -> None:
         assert recorder.decisions == [[len(p.prompt) for p in passages]] * 2
 
 
+def ends_of(passes: list[ForwardPass]) -> list[list[list[int]]]:
+    """Per pass and row, the columns of the whole sequence at which a prompt ends."""
+    return [[(row.nonzero().squeeze(1) + p.past).tolist() for row in p.prompt_ends] for p in passes]
+
+
+class Keeper(Contribution):
+    """Keeps the passes themselves."""
+
+    def __init__(self) -> None:
+        self.passes: list[ForwardPass] = []
+
+    def change_output(self, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
+        self.passes.append(forward_pass)
+        return outputs
+
+
+@contextmanager
+def keeping(family: str = "llama") -> Iterator[tuple[EditableModel, list[ForwardPass]]]:
+    model, keeper = tiny_model(family), Keeper()
+    path = model.anatomy.mlp_output[2]
+    model.contribute(path, keeper)
+    try:
+        yield model, keeper.passes
+    finally:
+        model.withdraw(path, keeper)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_that_is_read_at_once_ends_at_its_last_real_token(side: str) -> None:
+    with keeping() as (model, passes):
+        batch, lengths = batch_of(model, side)
+        last = [[int(start) + length - 1] for start, length in zip(batch.starts, lengths, strict=True)]
+        model.model(input_ids=batch.ids, attention_mask=batch.mask)
+        model.forward(batch)
+        assert ends_of(passes) == [last] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_in_the_same_pass_does_not_move_the_end(side: Any) -> None:
+    with keeping() as (model, passes):
+        passages = [
+            model.passage("The capital of France is", "Rome"),
+            model.passage("Who?", "Ann Bob"),
+            model.passage("x"),
+        ]
+        batch = model.batch(passages, side=side)
+        model.forward(batch)
+        ends = [[int(start) + len(p.prompt) - 1] for start, p in zip(batch.starts, passages, strict=True)]
+        assert ends_of(passes) == [ends]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_answer_of_generate_does_not_move_the_end(use_cache: bool, beams: int) -> None:
+    with keeping() as (model, passes):
+        batch, lengths = batch_of(model)
+        settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
+        model.model.generate(input_ids=batch.ids, attention_mask=batch.mask, use_cache=use_cache, **settings)
+        rows = len(passes[0].real)
+        end, none = [[batch.ids.shape[1] - 1]] * rows, [[]] * rows
+        assert rows in (len(lengths), len(lengths) * beams)
+        assert ends_of(passes) == [end] + [none if use_cache else end] * 2
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_the_chunk_that_holds_the_last_token_says_so(side: Any, beams: int) -> None:
+    """Padding on the right makes no sense to generate, but lets prompts end in different chunks."""
+    with keeping() as (model, passes):
+        batch, lengths = batch_of(model, side)
+        model.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            num_beams=beams,
+            prefill_chunk_size=2,
+        )
+        last = [int(start) + length - 1 for start, length in zip(batch.starts, lengths, strict=True)]
+        ahead, *chunks = passes
+        assert ends_of([ahead]) == [[[end] for end in last]]
+        found = ends_of(chunks)
+        assert sum(bool(p.prompt.any()) for p in chunks) == -(-batch.ids.shape[1] // 2)
+        for row, end in enumerate([end for end in last for _ in range(beams)]):
+            assert [columns for columns in (ends[row] for ends in found) if columns] == [[end]]
+            assert found[end // 2][row] == [end]
+
+
+def test_a_prompt_announced_over_several_chunks_ends_once() -> None:
+    with keeping() as (model, passes):
+        ids = torch.arange(3, 23).view(2, 10)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        for cuts in ([2, 3, 5], [4, 1, 5], [1] * 10):
+            passes.clear()
+            cache, column = DynamicCache(), 0
+            with model.sequences.prompts([6, 2]):
+                for count in cuts:
+                    model.model(
+                        input_ids=ids[:, column : column + count],
+                        attention_mask=mask[:, : column + count],
+                        past_key_values=cache,
+                    )
+                    column += count
+            found = ends_of(passes)
+            assert [[end for ends in found for end in ends[row]] for row in range(2)] == [[5], [4]], cuts
+
+
+def test_without_an_announcement_each_chunk_may_be_the_last() -> None:
+    with keeping() as (model, passes):
+        ids = torch.arange(3, 13)[None]
+        cache = DynamicCache()
+        for part in (ids[:, :3], ids[:, 3:7], ids[:, 7:8], ids[:, 8:]):
+            model.model(input_ids=part, past_key_values=cache)
+        assert ends_of(passes) == [[[2]], [[6]], [[]], [[]]]
+
+
+def answering_of(passes: list[ForwardPass]) -> list[list[list[int]]]:
+    """Per pass and row, the columns of the whole sequence that say what comes next."""
+    return [[(row.nonzero().squeeze(1) + p.past).tolist() for row in p.answering] for p in passes]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_answers_from_the_last_token_of_its_prompt_on(side: Any) -> None:
+    with keeping() as (model, passes):
+        passages = [
+            model.passage("The capital of France is", "Rome"),
+            model.passage("Who?", "Ann Bob"),
+            model.passage("x"),
+        ]
+        batch = model.batch(passages, side=side)
+        model.forward(batch)
+        expected = []
+        for start, passage in zip(batch.starts.tolist(), passages, strict=True):
+            expected.append(list(range(start + len(passage.prompt) - 1, start + len(passage.ids))))
+        assert answering_of(passes) == [expected]
+        assert torch.equal(passes[0].ids, batch.ids)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_all_that_generate_adds_is_an_answer(use_cache: bool, beams: int) -> None:
+    with keeping() as (model, passes):
+        batch, _ = batch_of(model)
+        settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
+        model.model.generate(input_ids=batch.ids, attention_mask=batch.mask, use_cache=use_cache, **settings)
+        end, rows = batch.ids.shape[1] - 1, len(passes[0].real)
+        expected = [[end + step] if use_cache else list(range(end, end + step + 1)) for step in range(3)]
+        assert answering_of(passes) == [[columns] * rows for columns in expected]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_in_chunks_a_row_answers_where_it_would_at_once(side: Any) -> None:
+    with keeping() as (model, passes):
+        batch, lengths = batch_of(model, side)
+        model.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            prefill_chunk_size=2,
+        )
+        ahead, *chunks = answering_of(passes)
+        for row, (start, length) in enumerate(zip(batch.starts.tolist(), lengths, strict=True)):
+            end = start + length - 1
+            assert ahead[row] == [end]
+            found = [column for chunk in chunks for column in chunk[row]]
+            assert found[0] == end
+            assert all(column >= end for column in found)
+
+
+def test_a_pass_that_is_given_embeddings_knows_no_tokens() -> None:
+    with keeping() as (model, passes):
+        ids = model.batch([model.passage("The capital of France is")]).ids
+        model.model(inputs_embeds=model.model.get_input_embeddings()(ids))
+        model.model(input_ids=ids)
+        assert passes[0].ids is None
+        assert torch.equal(passes[1].ids, ids)  # type: ignore[arg-type]
+        assert torch.equal(passes[0].answering, passes[1].answering)
+
+
 def test_packed_batches_are_refused() -> None:
     with recording() as (model, _), pytest.raises(SequenceError, match="packed"):
         model.module("model")(input_ids=torch.ones(1, 4, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 4]))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.errors import SpanError
-from errata.model.spans import find_subject, locate_subject
+from errata.model.spans import find_subject, locate_subject, spellings
 from errata.testing import byte_tokenizer, metaspace_tokenizer, tiny_model
 
 SUBJECTS = st.text(st.characters(categories=("L", "N"), include_characters=" -'é東🙂"), min_size=1, max_size=12).filter(
@@ -70,6 +70,42 @@ def test_a_slow_tokenizer_is_refused_with_the_remedy() -> None:
 
     with pytest.raises(SpanError, match="fast tokenizer"):
         locate_subject(Slow(), "France is", "France")  # type: ignore[arg-type]
+
+
+def named(tokenizer: object, ways: tuple[tuple[int, ...], ...], text: str) -> bool:
+    """Whether the ids of a text have one of these runs in them."""
+    ids = tokenizer(text)["input_ids"]  # type: ignore[operator]
+    return any(list(way) == ids[at : at + len(way)] for way in ways for at in range(len(ids)))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), metaspace_tokenizer()], ids=["bytes", "marked spaces"])
+@pytest.mark.parametrize("subject", ["France", "Zürich", "the book", "🙂 & Co"])
+def test_a_subject_is_known_by_its_tokens_wherever_it_stands(tokenizer: object, subject: str) -> None:
+    ways = spellings(tokenizer, f"Who is {subject} then", subject)  # type: ignore[arg-type]
+    assert len(set(ways)) == len(ways) > 1
+    assert all(ways)
+    for text in (f"Who is {subject} then", f"{subject} is here", f"Of {subject}", f"Ann, {subject}, and Bob"):
+        assert named(tokenizer, ways, text), text
+        assert named(tokenizer, ways, text.replace(subject, subject[0].swapcase() + subject[1:])), text
+    for text in ("Who is Berlin then", "x", subject[1:] + subject[:1]):
+        assert not named(tokenizer, ways, text), text
+
+
+def test_a_subject_within_other_characters_is_known_as_the_prompt_has_it() -> None:
+    tokenizer = byte_tokenizer()
+    prompt = "the(France)x"
+    ways = spellings(tokenizer, prompt, " France ")
+    assert named(tokenizer, ways, prompt)
+    # One that the prompt does not have is known by itself all the same, and a slow tokenizer does without offsets.
+    assert spellings(tokenizer, "Who?", "France") == spellings(tokenizer, "of France", "France")
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: str, **settings: object) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    assert (32, 65, 66) in spellings(Slow(), "AB", "AB")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from errata.edit import Edit
 from errata.errors import ArtifactError, BaseMismatchError, ConfigError, EditError, NumericsError
 from errata.model import EditableModel
 from errata.model.edited_linear import Contribution
+from errata.model.sequences import BASE
 
 __all__ = [
     "Adapter",
@@ -125,6 +127,7 @@ class Adapter(abc.ABC):
     Attributes:
         base: the model it belongs to.
         editor: name of the editor that writes it; editor_config: that editor's settings, as saved.
+        name: under which it is attached, see `EditableModel.selecting`; None while it is not.
         memory_version: grows with every change of content; whoever caches answers must key them by it.
     """
 
@@ -134,6 +137,7 @@ class Adapter(abc.ABC):
         self.base = base
         self.editor = editor
         self.editor_config: dict[str, Any] = dict(editor_config or {})
+        self.name: str | None = None
         self.memory_version = 0
         self._edits: dict[str, Edit] = {}
         self._model: EditableModel | None = None
@@ -156,12 +160,16 @@ class Adapter(abc.ABC):
             raise ConfigError("this adapter is not attached to a model; call attach(model) first")
         return self._model
 
-    def attach(self, model: EditableModel) -> None:
+    def attach(self, model: EditableModel, name: str | None = None) -> None:
         """Let the adapter act on a model.
+
+        Args:
+            name: under which it can be selected, see `EditableModel.selecting`; its editor's name if not given, with
+                a number behind it where that is taken.
 
         Raises:
             BaseMismatchError: the adapter was made for other weights.
-            ConfigError: it is attached already.
+            ConfigError: it is attached already, or the name is taken or reserved.
         """
         if self._model is not None:
             raise ConfigError("this adapter is attached already; detach it first")
@@ -173,16 +181,27 @@ class Adapter(abc.ABC):
                 f"{model.model_id!r} (weights {model.fingerprint[:12]}{loaded}); load its own base"
                 f"{' in float32 or bfloat16' if loaded else ''}, or apply the edits anew"
             )
+        name = self._free_name(model.sequences.adapter_names) if name is None else name
+        if name in ("", BASE):
+            raise ConfigError(f"{name!r} cannot be the name of an adapter; attach it under another one")
+        if name in model.sequences.adapter_names:
+            raise ConfigError(f"an adapter named {name!r} is attached already; attach this one under another name")
         try:
             for path, contribution in self.contributions().items():
-                model.contribute(path, contribution)
+                model.contribute(path, contribution, name)
                 self._attached.append((path, contribution))
         except BaseException:  # a layer that cannot be attached to: none of them is
             for path, contribution in reversed(self._attached):
                 model.withdraw(path, contribution)
             self._attached = []
             raise
-        self._model = model
+        self._model, self.name = model, name
+        model.adapters[name] = self
+
+    def _free_name(self, taken: Sequence[str]) -> str:
+        own = self.editor or self.adapter_type
+        numbered = (f"{own}-{number}" for number in itertools.count(2))
+        return next(name for name in itertools.chain([own], numbered) if name not in taken)
 
     def detach(self) -> None:
         """Return the model to what it was. Does nothing when the adapter is attached to none."""
@@ -191,18 +210,19 @@ class Adapter(abc.ABC):
         for path, contribution in self._attached:
             self._model.withdraw(path, contribution)
         self._attached = []
-        self._model = None
+        del self._model.adapters[str(self.name)]
+        self._model = self.name = None
 
     @contextmanager
     def detached(self) -> Iterator[None]:
         """The model without this adapter for a while."""
-        model = self._model
+        model, name = self._model, self.name
         self.detach()
         try:
             yield
         finally:
             if model is not None:
-                self.attach(model)
+                self.attach(model, name)
 
     # --- content ------------------------------------------------------------------------------------------------
 
@@ -353,8 +373,8 @@ class AutoAdapter:
     """Loads any adapter by what its files say it is."""
 
     @staticmethod
-    def from_pretrained(folder: str | Path, *, model: EditableModel | None = None) -> Adapter:
-        """Load a saved adapter, and attach it if a model is given.
+    def from_pretrained(folder: str | Path, *, model: EditableModel | None = None, name: str | None = None) -> Adapter:
+        """Load a saved adapter, and attach it if a model is given, under a name of its own if that is given too.
 
         Raises:
             ArtifactError: files are missing, damaged, of a newer format, or of a type that nothing installed brings.
@@ -377,5 +397,5 @@ class AutoAdapter:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"the adapter in {folder} cannot be read ({type(error).__name__}: {error})") from error
         if model is not None:
-            adapter.attach(model)
+            adapter.attach(model, name)
         return adapter

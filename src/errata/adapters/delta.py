@@ -222,7 +222,10 @@ class DeltaAdapter(Adapter):
         passages = [model.passage(prompt) for prompt in prompts]
         for indices in length_batches([len(p.ids) for p in passages], 4096):
             batch = model.batch([passages[i] for i in indices], side="right")
-            with capturing_inputs(model.model, {change.path for change in changes}, len(indices)) as inputs:
+            with (
+                capturing_inputs(model.model, {change.path for change in changes}, len(indices)) as inputs,
+                model.sequences.narrowed(indices, len(prompts)),
+            ):
                 model.trunk_states(batch)
             counted = batch.mask.bool() & ((batch.positions > 0) | (batch.prompt_lengths == 1).unsqueeze(1))
             for number, change in enumerate(changes):

@@ -263,6 +263,9 @@ class Editor(abc.ABC, Generic[C]):
     paper: ClassVar[str]
     Config: ClassVar[type[EditorConfig]]
     needs_subject: ClassVar[bool] = False
+    # Whether the method also holds where an encoder reads the prompt, and so has the keys, and a decoder writes the
+    # answer (`errata.model.encoder_decoder`).
+    edits_encoders: ClassVar[bool] = False
     # Whether a batch is written in one go. Other methods get their edits one by one, whatever the batch size.
     writes_jointly: ClassVar[bool] = False
 
@@ -296,6 +299,11 @@ class Editor(abc.ABC, Generic[C]):
     @classmethod
     def unsuitable(cls, model: EditableModel) -> str | None:
         """Why this method cannot edit a model, in words, or None when it can."""
+        if model.is_encoder_decoder and not cls.edits_encoders:
+            return (
+                f"it takes prompt and answer to be read in one row, and {type(model.model).__name__} reads the prompt "
+                "with an encoder and writes the answer with a decoder; use a method that edits encoders, such as memoir"
+            )
         for path in model.anatomy.mlp_output:
             weight = getattr(model.module(path), "weight", None)
             # One byte holds an integer or an eighth-precision float; either way its scale is kept elsewhere.

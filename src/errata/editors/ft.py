@@ -90,6 +90,7 @@ class FineTune(Editor[FineTuneConfig]):
     summary = "fine-tune one MLP output projection on the target tokens (FT-M)"
     paper = "EasyEdit's FT-M (target_new), 2308.07269"
     Config = FineTuneConfig
+    edits_encoders = True
     writes_jointly = True
 
     def _new_adapter(self) -> DeltaAdapter:

@@ -2,9 +2,10 @@
 
 Knows module trees. Knows nothing of edits, and runs no forward pass.
 
-How the roles are found, for any decoder that transformers can load:
+How the roles are found, for any text model that transformers can load:
 
-* the **blocks** are the longest list of equal modules that hold an attention;
+* the **blocks** are the longest list of equal modules that hold an attention, in what transformers calls the model's
+  text decoder (not in a vision tower); in an encoder-decoder model, in its encoder (see `encoder_decoder`);
 * inside a block, the **attention** is the outermost submodule whose `forward` takes an attention mask; its
   output projection is the last linear layer declared in it that writes to the residual stream;
 * the **MLP output projection** is the one linear layer outside the attention that writes to the residual stream;
@@ -72,14 +73,14 @@ class AnatomyDeclaration:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The roles of a decoder's modules, as paths from the model's root.
+    """The roles of a model's modules, as paths from its root.
 
     Attributes:
         trunk: the module that holds the blocks; its forward takes token ids and an attention mask.
-        blocks: one path per decoder block, in order.
+        blocks: one path per block, in order; an encoder-decoder model's are those of its encoder.
         mlp_output: the MLP output projection of each block; its input is the *key* of a token.
         attention_output: the attention output projection of each block.
-        final_norm: the norm between the last block and the head, if there is one.
+        final_norm: the norm behind the last block, if there is one; `Tail` finds out by trying whether it stands there.
         head: the vocabulary projection.
         hidden_size: width of the residual stream.
         key_width: input width of the MLP output projection of each block.
@@ -141,9 +142,21 @@ def _describe(block: nn.Module) -> str:
     return "\n".join(lines) or "  (no weights of two or more dimensions)"
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _reader(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of a model that reads prompts as text, with its path: the decoder, or the encoder in front of it."""
+    if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
+        raise AnatomyError(
+            f"the encoder of {type(model).__name__} reads {model.main_input_name}, not text; errata edits what is "
+            "asked in text"
+        )
+    part = model.get_encoder() if model.config.is_encoder_decoder else model.get_decoder()
+    return next(((name, module) for name, module in model.named_modules() if module is part), ("", model))
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    where, reader = _reader(model)
     candidates: list[tuple[int, str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
+    for name, module in reader.named_modules(prefix=where):
         alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
         if alike and _attention_of(module[0]) is not None:
             candidates.append((sum(p.numel() for p in module.parameters()), name, module))
@@ -154,7 +167,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if isinstance(module, nn.ModuleList) and len(module)
         ]
         raise AnatomyError(
-            "no list of decoder blocks with an attention was found. Module lists seen:\n"
+            "no list of blocks with an attention was found. Module lists seen:\n"
             + ("\n".join(lists) or "  (none)")
             + "\nIf one of them holds the blocks, name it: AnatomyDeclaration(blocks=...)"
         )

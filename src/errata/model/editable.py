@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from errata.errors import ArtifactError, ConfigError, ModelError, unknown_name
 from errata.model.anatomy import Anatomy, AnatomyDeclaration, find_anatomy
 from errata.model.edited_linear import Contribution, EditedLinear
+from errata.model.encoder_decoder import decoder_start, encode_pair, head_inputs, pad_pairs
 from errata.model.fingerprint import weights_fingerprint
 from errata.model.generation import greedy, stop_tokens
 from errata.model.head import checked_head
 from errata.model.scoring import perplexity
-from errata.model.sequences import SequenceTracker
+from errata.model.sequences import BASE, AdapterNames, SequenceTracker
 from errata.model.spans import SubjectSpan, locate_subject
 from errata.model.tokens import Passage, TokenBatch, encode_passage, pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EditableModel"]
+__all__ = ["EditableModel", "auto_class"]
 
 
 def _existing_device(device: str | torch.device) -> torch.device:
@@ -62,6 +63,21 @@ def _existing_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return known[name]
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a model that writes text from a configuration.
+
+    A causal language model wherever there is one, also of configurations that know images too (Gemma 3).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _some(names: Iterable[str]) -> str:
     """The first names of a set, and how many more there are."""
     listed = sorted(names)
@@ -69,10 +85,13 @@ def _some(names: Iterable[str]) -> str:
 
 
 class EditableModel:
-    """A causal language model, its tokenizer, and what errata knows about both.
+    """A language model, its tokenizer, and what errata knows about both.
 
     Args:
-        model: any Hugging Face causal language model; it is used in place, in evaluation mode, frozen.
+        model: a Hugging Face model that writes text: a causal language model, an encoder-decoder model (its layers
+            are those of the encoder, see `encoder_decoder`) or a vision-language model (its layers are those of the
+            text decoder; prompts with images go through `model.model`). It is used in place, in evaluation mode,
+            frozen.
         tokenizer: its tokenizer.
         model_id: the name to record with results; defaults to the model's own.
         declaration: roles of modules given by hand, see `AnatomyDeclaration`.
@@ -80,6 +99,7 @@ class EditableModel:
     Attributes:
         anatomy: which modules play which role.
         sequences: follows forward passes for routed adapters.
+        adapters: what is attached through this object, by name; `attach` and `detach` of an adapter keep it.
         verdicts: what `Tail` has found out about this model by trying, so that it is tried once.
 
     Raises:
@@ -102,6 +122,7 @@ class EditableModel:
         self.revision = revision
         self.anatomy: Anatomy = find_anatomy(model, declaration)
         self.sequences = SequenceTracker.of(model, model.get_submodule(self.anatomy.trunk))
+        self.adapters: dict[str, Any] = {}
         self.verdicts: dict[str, bool] = {}
         if tokenizer.pad_token_id is None:
             # Padding is always masked, so any existing token can serve.
@@ -131,7 +152,7 @@ class EditableModel:
             ArtifactError: nothing can be loaded under this name, or weights are damaged or missing.
             ConfigError: a device or dtype that there is not, or an option that does not fit the others.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         name = str(name)
         if device is not None:
@@ -155,7 +176,8 @@ class EditableModel:
             dtype = torch.float32 if on_cpu else "auto"
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            kind = auto_class(AutoConfig.from_pretrained(name, revision=revision))
+            model, found = kind.from_pretrained(
                 name, revision=revision, dtype=dtype, device_map=device_map, output_loading_info=True
             )
         except (torch.cuda.OutOfMemoryError, ImportError):
@@ -163,7 +185,7 @@ class EditableModel:
         except Exception as error:  # damaged files fail in as many ways as there are formats
             what = "the folder" if Path(name).exists() else "no folder of that name, and the hub"
             raise ArtifactError(
-                f"cannot load {name!r}: {what} gave no causal language model with a tokenizer ({error}). Expected "
+                f"cannot load {name!r}: {what} gave no language model with a tokenizer ({error}). Expected "
                 "a path with config.json, model weights and tokenizer files, a hub id, or 'atlas'"
             ) from error
         # transformers fills such weights with random numbers and says so in passing. Tied ones are not among them.
@@ -172,7 +194,7 @@ class EditableModel:
                 raise ArtifactError(
                     f"the checkpoint {name!r} does not hold all of the model that its config.json describes: "
                     f"{len(keys)} {problem} weight{'s' * (len(keys) > 1)}, {_some(keys)}. Download it again, or give "
-                    "the folder of a complete causal language model"
+                    "the folder of a complete language model"
                 )
         if device is not None:
             model = model.to(device)
@@ -193,6 +215,11 @@ class EditableModel:
         return parameter.dtype
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """True when prompts are read by an encoder, whose layers are edited, and answers written by a decoder."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
     def layer_count(self) -> int:
         return len(self.anatomy.blocks)
 
@@ -203,8 +230,9 @@ class EditableModel:
 
     @cached_property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """From states behind the final norm to logits; checked against the model. Raises TailError if it differs."""
-        return checked_head(self)
+        """From `answer_states` to logits; checked against the model. Raises TailError if it differs."""
+        with self.sequences.selecting(BASE):
+            return checked_head(self)
 
     @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -224,12 +252,15 @@ class EditableModel:
 
     def passage(self, prompt: str, answer: str = "") -> Passage:
         """A prompt, with an answer behind it if given, as token ids."""
-        return encode_passage(self.tokenizer, prompt, answer)
+        encode = encode_pair if self.is_encoder_decoder else encode_passage
+        return encode(self.tokenizer, prompt, answer)
 
     def batch(self, passages: Sequence[Passage], side: Literal["left", "right"] = "left") -> TokenBatch:
-        """Pad passages to a batch on this model's device."""
+        """Pad passages to a batch on this model's device; an encoder's are always padded on the right."""
         pad_id = self.tokenizer.pad_token_id
         assert isinstance(pad_id, int)
+        if self.is_encoder_decoder:
+            return pad_pairs(passages, pad_id, decoder_start(self.model), self.device)
         return pad(passages, pad_id, side, self.device)
 
     def subject_span(self, prompt: str, subject: str) -> SubjectSpan:
@@ -239,24 +270,35 @@ class EditableModel:
     def forward(self, batch: TokenBatch, **kwargs: Any) -> Any:
         """One forward pass of the whole model over a padded batch, its prompts announced to routed adapters."""
         with self.sequences.prompts(batch.prompt_lengths):
-            return self.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **kwargs
-            )
+            return self.model(**batch.arguments(), **kwargs)
 
     def trunk_states(self, batch: TokenBatch) -> Tensor:
-        """The residual stream after the final norm, [rows, columns, hidden]: all but the vocabulary head."""
+        """The residual stream of the blocks after their final norm, [rows, columns, hidden]."""
         with self.sequences.prompts(batch.prompt_lengths):
-            output = self.module(self.anatomy.trunk)(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            )
+            output = self.module(self.anatomy.trunk)(**batch.trunk_arguments())
         states = output.last_hidden_state
         assert isinstance(states, Tensor)
         return states
 
+    def answer_states(self, batch: TokenBatch, read: Tensor | None = None) -> Tensor:
+        """What the vocabulary head reads, [rows, columns, hidden], at the columns of `TokenBatch.answer_places`.
+
+        Args:
+            read: the trunk's states, [rows, columns, hidden], if they are known already.
+        """
+        states = self.trunk_states(batch) if read is None else read
+        if not self.is_encoder_decoder:
+            return states
+        return head_inputs(self.model, self.anatomy.head, encoder_outputs=(states,), **batch.arguments())
+
     # --- where adapters attach --------------------------------------------------------------------------------
 
-    def contribute(self, path: str, contribution: Contribution) -> None:
-        """Attach a contribution to the linear layer at `path`, behind those already there."""
+    def contribute(self, path: str, contribution: Contribution, name: str | None = None) -> None:
+        """Attach a contribution to the linear layer at `path`, behind those already there.
+
+        Args:
+            name: of the adapter that it belongs to. Without one it acts wherever no adapters are selected.
+        """
         layer = self.module(path)
         if not isinstance(layer, EditedLinear):
             offload = getattr(layer, "_hf_hook", None)
@@ -267,6 +309,8 @@ class EditableModel:
             layer = EditedLinear(layer, self.sequences)
             self._put(path, layer)
         layer.contributions.append(contribution)
+        if name is not None:
+            self.sequences.owners[contribution] = name
         self.sequences.acquire()
 
     def withdraw(self, path: str, contribution: Contribution) -> None:
@@ -274,7 +318,8 @@ class EditableModel:
         layer = self.module(path)
         if not isinstance(layer, EditedLinear) or not any(c is contribution for c in layer.contributions):
             raise ModelError(f"nothing of this adapter is attached at {path}")
-        layer.contributions = [c for c in layer.contributions if c is not contribution]
+        layer.remove(contribution)
+        self.sequences.owners.pop(contribution, None)
         if not layer.contributions:
             layer.base.train(layer.training)
             self._put(path, layer.base)
@@ -289,6 +334,29 @@ class EditableModel:
         with self.sequences.suspended():
             yield
 
+    @contextmanager
+    def selecting(self, adapters: AdapterNames | None) -> Iterator[None]:
+        """Choose which of the attached adapters act, for the sequences that begin inside.
+
+            with model.selecting(["__base__", "geo", ("geo", "people")]):
+                model.generate(three_prompts)
+
+        The choice belongs to the sequences: what is read onto a KV cache inside goes on with its adapters outside too,
+        and each of them is answered as if its own adapters alone were attached. Hugging Face's `generate` and the
+        model's forward take the same as their argument `adapter_names` while an adapter is attached, as with PEFT.
+
+        Args:
+            adapters: for each sequence (prompt, passage or row of a forward pass) the name of its adapter, several
+                names, or "__base__" for none; or one string for all of them. None leaves it as it is; where nothing
+                was selected, all adapters act.
+
+        Raises:
+            ConfigError: no adapter of such a name is attached.
+            SequenceError: inside, for another number of sequences, or on the cache of sequences that began otherwise.
+        """
+        with self.sequences.selecting(adapters):
+            yield
+
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         holder = self.module(parent) if parent else self.model
@@ -299,12 +367,23 @@ class EditableModel:
 
     # --- using it ---------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapters: AdapterNames | None = None,
+        max_new_tokens: int = 20,
+        batch_tokens: int = 8192,
+    ) -> list[str]:
         """Greedy continuations, one per prompt, each ending at the end token or at a line break.
 
         Batched by length with left padding; the texts come back in the order of the prompts, without the prompt.
+
+        Args:
+            adapters: which adapters act on which prompt, see `selecting`.
         """
-        return greedy(self, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+        with self.selecting(adapters):
+            return greedy(self, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
 
     def perplexity(self, texts: Iterable[str], *, max_length: int = 512) -> float:
         """Perplexity per token over texts, each read on its own."""

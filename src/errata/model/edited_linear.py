@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,9 +19,11 @@ from errata.model.anatomy import weight_of
 from errata.model.probes import by_rows
 
 if TYPE_CHECKING:
-    from errata.model.sequences import ForwardPass, SequenceTracker
+    from errata.model.sequences import ForwardPass, RowAdapters, SequenceTracker
 
 __all__ = ["Contribution", "EditedLinear"]
+
+_KEPT_WEIGHTS = 16  # merged weights of one layer: a copy of the weight for each set of adapters in use
 
 
 class Contribution:
@@ -44,9 +47,17 @@ class Contribution:
         """True when `change_output` needs to know the sequences of the pass."""
         return type(self).change_output is not Contribution.change_output
 
+    @property
+    def changes_weight(self) -> bool:
+        return type(self).weight_change is not Contribution.weight_change
+
 
 class EditedLinear(nn.Module):
-    """A linear layer together with the contributions attached to it, in the order of attachment."""
+    """A linear layer together with the contributions attached to it, in the order of attachment.
+
+    Where sequences have adapters of their own (`RouteStore.adapters`), each row gets what it would get with those alone
+    attached: rows with the same changes of weight are computed together, by the same merged weight.
+    """
 
     is_edited_linear = True
 
@@ -59,43 +70,82 @@ class EditedLinear(nn.Module):
         self.bias = getattr(base, "bias", None)
         self.is_transposed = isinstance(base, Conv1D)
         self.contributions: list[Contribution] = []
-        self._merged: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        # For sets of contributions: their versions, and the base weight with their changes.
+        self._merged: dict[tuple[Contribution, ...], tuple[tuple[int, ...], Tensor]] = {}
         self.train(base.training)
 
     @property
     def base(self) -> nn.Module:
         return self._base[0]
 
-    def _changed_weight(self) -> Tensor | None:
-        """The base weight plus all weight changes, summed in float32 and kept until one of them moves."""
-        key = tuple((id(c), c.version) for c in self.contributions)
+    def remove(self, contribution: Contribution) -> None:
+        """Take a contribution out, and what was merged with it."""
+        self.contributions = [c for c in self.contributions if c is not contribution]
+        self._merged = {own: kept for own, kept in self._merged.items() if contribution not in own}
+
+    def _changed_weight(self, changing: tuple[Contribution, ...]) -> Tensor | None:
+        """The base weight plus changes of weight, summed in float32 and kept until one of them moves."""
+        versions = tuple(c.version for c in changing)
         base = weight_of(self.base)
-        merged = self._merged
-        if merged is None or merged[0] != key or (merged[1].device, merged[1].dtype) != (base.device, base.dtype):
-            changes = [change for c in self.contributions if (change := c.weight_change()) is not None]
+        merged = self._merged.get(changing)
+        if merged is None or merged[0] != versions or (merged[1].device, merged[1].dtype) != (base.device, base.dtype):
+            changes = [change for c in changing if (change := c.weight_change()) is not None]
             if not changes:
                 return None
             total = base.float()
             for change in changes:
                 total = total + change.to(device=base.device)
-            self._merged = merged = (key, total.to(base.dtype))
+            merged = (versions, total.to(base.dtype))
+            self._merged.pop(changing, None)
+            if len(self._merged) >= _KEPT_WEIGHTS:
+                del self._merged[next(iter(self._merged))]
+            self._merged[changing] = merged
         return merged[1]
 
+    def _linear(self, inputs: Tensor, changing: tuple[Contribution, ...]) -> Tensor:
+        weight = self._changed_weight(changing) if changing else None
+        outputs: Tensor = self.base(inputs) if weight is None else F.linear(inputs, weight, self.bias)
+        return outputs
+
+    def _linear_by_rows(self, inputs: Tensor, adapters: RowAdapters) -> Tensor:
+        """The same with the changes of weight that each row has."""
+        owners, changing = self._tracker.owners, [c for c in self.contributions if c.changes_weight]
+        per_set = [tuple(c for c in changing if owners.get(c) in names) for names in adapters.sets]
+        groups: dict[tuple[Contribution, ...], list[int]] = {}
+        for row, number in enumerate(adapters.rows.tolist()):
+            groups.setdefault(per_set[number], []).append(row)
+        if len(groups) == 1:
+            return self._linear(inputs, next(iter(groups)))
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=inputs.device)
+        parts = torch.split(by_rows(inputs, len(order))[order], [len(rows) for rows in groups.values()])
+        outputs = torch.cat([self._linear(part, own) for part, own in zip(parts, groups, strict=True)])
+        return outputs[order.argsort()].reshape(*inputs.shape[:-1], -1)
+
     def forward(self, inputs: Tensor) -> Tensor:
-        if self._tracker.is_suspended:
+        tracker = self._tracker
+        if tracker.is_suspended:
             bare: Tensor = self.base(inputs)
             return bare
-        weight = self._changed_weight()
-        outputs: Tensor = self.base(inputs) if weight is None else F.linear(inputs, weight, self.bias)
+        current = tracker.current
+        adapters = None if current is None else current.store.adapters
+        if adapters is None:
+            outputs = self._linear(inputs, tuple(c for c in self.contributions if c.changes_weight))
+        else:
+            outputs = self._linear_by_rows(inputs, adapters)
         for contribution in self.contributions:
             if not contribution.is_routed:
                 continue
-            if self._tracker.current is None:
+            if current is None:
                 raise SequenceError(
                     "a layer with a routed adapter was run outside of its model's forward pass, so its sequences "
                     "are unknown; call the model (or its trunk), not the layer"
                 )
-            rows = self._tracker.current.rows
-            changed = contribution.change_output(by_rows(inputs, rows), by_rows(outputs, rows), self._tracker.current)
+            acts = None if adapters is None else adapters.having(tracker.owners.get(contribution))
+            if acts is not None and not bool(acts.any()):
+                continue
+            before = by_rows(outputs, current.rows)
+            changed = contribution.change_output(by_rows(inputs, current.rows), before, current)
+            if acts is not None and not bool(acts.all()):
+                changed = torch.where(acts.to(changed.device).view(-1, 1, 1), changed, before)
             outputs = changed.reshape(outputs.shape)
         return outputs

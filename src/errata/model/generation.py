@@ -6,21 +6,24 @@ Greedy means the argmax of the model's logits and nothing else. What a checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from errata.model.scoring import length_batches
+from errata.model.tokens import Passage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from errata.model.editable import EditableModel
+    from errata.model.tokens import TokenBatch
 
-__all__ = ["greedy", "plain_generation", "sample", "stop_tokens"]
+__all__ = ["continued", "greedy", "plain_generation", "sample", "stop_tokens"]
 
 
 @contextmanager
@@ -50,6 +53,19 @@ def stop_tokens(model: EditableModel) -> tuple[int, ...]:
 
 
 @torch.no_grad()
+def continued(model: EditableModel, batch: TokenBatch, **settings: Any) -> Tensor:
+    """The tokens that the model's own `generate` writes behind left-padded prompts, [rows, new tokens].
+
+    Greedy unless `settings`, which go to `generate`, say otherwise.
+    """
+    arguments, given = batch.generation()
+    settings = {"do_sample": False, "pad_token_id": model.tokenizer.pad_token_id, **settings}
+    with plain_generation(model.model):
+        output: Tensor = model.model.generate(**arguments, **settings)
+    return output[:, given:]
+
+
+@torch.no_grad()
 def greedy(
     model: EditableModel, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192
 ) -> list[str]:
@@ -59,16 +75,9 @@ def greedy(
     texts = [""] * len(prompts)
     for indices in length_batches([len(p.ids) + max_new_tokens for p in passages], batch_tokens):
         batch = model.batch([passages[i] for i in indices], side="left")
-        with plain_generation(model.model):
-            output = model.model.generate(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(stops) or None,
-                pad_token_id=model.tokenizer.pad_token_id,
-            )
-        for index, row in zip(indices, output[:, batch.ids.shape[1] :].tolist(), strict=True):
+        with model.sequences.narrowed(indices, len(prompts)):
+            output = continued(model, batch, max_new_tokens=max_new_tokens, eos_token_id=list(stops) or None)
+        for index, row in zip(indices, output.tolist(), strict=True):
             end = next((at for at, token in enumerate(row) if token in stops), len(row))
             texts[index] = model.tokenizer.decode(row[:end], skip_special_tokens=True)
     return texts
@@ -79,15 +88,15 @@ def sample(model: EditableModel, prompt: str, *, tokens: int, top_k: int, genera
     """A sampled continuation of exactly `tokens` tokens, drawn with the generator that is passed.
 
     The end token and line breaks are never drawn: the text is to be put in front of another. It begins with a space
-    where it begins with a new word: the prompt with the text behind it reads as the model wrote it.
+    where it begins with a new word: the prompt with the text behind it reads as the model wrote it. What an
+    encoder-decoder model answers is a text of its own and always begins with a space.
     """
     ids = list(model.passage(prompt).ids) or [_beginning(model)]
     first = len(ids)
     cache = None
-    step = torch.tensor([ids], device=model.device)
+    step, write = _writer(model, ids)
     for _ in range(tokens):
-        mask = torch.ones(1, len(ids), dtype=torch.long, device=model.device)
-        output = model.model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True)
+        output = write(step, len(ids), cache)
         cache = output.past_key_values
         logits = output.logits[0, -1].float()
         logits[torch.tensor(model.stop_tokens, dtype=torch.long, device=logits.device)] = float("-inf")
@@ -96,10 +105,33 @@ def sample(model: EditableModel, prompt: str, *, tokens: int, top_k: int, genera
         ids.append(int(candidates[int(drawn)]))
         step = torch.tensor([[ids[-1]]], device=model.device)
     # Decoded by themselves, tokens in the manner of sentencepiece would lose their leading space.
+    if model.is_encoder_decoder:
+        return " " + str(model.tokenizer.decode(ids[first:], skip_special_tokens=True)).lstrip()
     before, whole = (str(model.tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:first], ids))
     if whole.startswith(before):
         return whole[len(before) :]
     return str(model.tokenizer.decode(ids[first:], skip_special_tokens=True))
+
+
+def _writer(model: EditableModel, ids: list[int]) -> tuple[Tensor, Callable[[Tensor, int, Any], Any]]:
+    """The tokens that the writing stack begins with, [1, tokens], and the call that writes one token more.
+
+    The call takes the tokens it has not seen yet, how many there are in all, and the KV cache.
+    """
+    if model.is_encoder_decoder:
+        batch = model.batch([Passage(tuple(ids), ())])
+        arguments = {**batch.trunk_arguments(), "encoder_outputs": (model.trunk_states(batch),)}
+
+        def answer(step: Tensor, count: int, cache: Any) -> Any:
+            return model.model(**arguments, decoder_input_ids=step, past_key_values=cache, use_cache=True)
+
+        return batch.arguments()["decoder_input_ids"], answer
+
+    def go_on(step: Tensor, count: int, cache: Any) -> Any:
+        mask = torch.ones(1, count, dtype=torch.long, device=model.device)
+        return model.model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    return torch.tensor([ids], device=model.device), go_on
 
 
 def _beginning(model: EditableModel) -> int:

@@ -22,13 +22,13 @@ __all__ = ["checked_head"]
 
 
 def checked_head(model: EditableModel) -> Callable[[Tensor], Tensor]:
-    """A function from states after the final norm, [..., hidden], to logits, [..., vocabulary].
+    """A function from `EditableModel.answer_states`, [..., hidden], to logits, [..., vocabulary].
 
     Raises:
         TailError: the head does something that is not understood.
     """
     head = model.module(model.anatomy.head)
-    config = model.model.config
+    config = model.model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     times = getattr(config, "logit_scale", None)
     divided = getattr(config, "logits_scaling", None)
@@ -44,7 +44,7 @@ def checked_head(model: EditableModel) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
         batch = model.batch([model.passage("The quick brown fox", "jumps")], side="right")
         expected = model.forward(batch).logits.float()
-        states = model.trunk_states(batch)
+        states = model.answer_states(batch)
         got = logits_of(states).float().to(expected.device)
         error = float((expected - got).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not error < max(1e-2, 4 * torch.finfo(states.dtype).eps):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from errata.errors import NumericsError
+from errata.model.sequences import AdapterNames
 from errata.model.tokens import Passage
 
 if TYPE_CHECKING:
@@ -52,9 +53,17 @@ def length_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 @torch.no_grad()
 def forced_answers(
-    model: EditableModel, passages: Sequence[Passage], *, batch_tokens: int = 8192
+    model: EditableModel,
+    passages: Sequence[Passage],
+    *,
+    adapters: AdapterNames | None = None,
+    batch_tokens: int = 8192,
 ) -> list[ForcedAnswer]:
-    """Score every passage's answer; the router of an attached adapter sees the prompt alone."""
+    """Score every passage's answer; the router of an attached adapter sees the prompt alone.
+
+    Args:
+        adapters: which adapters act on which passage, see `EditableModel.selecting`.
+    """
     head = model.head
     results: list[ForcedAnswer] = [ForcedAnswer((), ())] * len(passages)
     for indices in length_batches([len(p.ids) for p in passages], batch_tokens):
@@ -62,7 +71,8 @@ def forced_answers(
         rows, columns, tokens = batch.answer_places()
         if not len(rows):
             continue
-        states = model.trunk_states(batch)
+        with model.selecting(adapters), model.sequences.narrowed(indices, len(passages)):
+            states = model.answer_states(batch)
         logits = head(states[rows.to(states.device), columns.to(states.device)]).float()
         chosen = logits.argmax(-1).tolist()
         scores = logits.log_softmax(-1).gather(1, tokens.to(logits.device).unsqueeze(1)).squeeze(1).tolist()
@@ -80,22 +90,27 @@ def forced_answers(
 def perplexity(model: EditableModel, texts: Iterable[str], *, max_length: int = 512) -> float:
     """exp of the mean negative log-likelihood per token; every text is read by itself, from its first token on.
 
-    A routed adapter takes the whole text as prompt, as it would when text is only being read.
+    A routed adapter takes the whole text as prompt, as it would when text is only being read. An encoder-decoder model
+    is given the first half of each text and scored on the second (prefix language modelling, Raffel et al. 2020).
 
     Raises:
         NumericsError: there is no token to score.
     """
     head = model.head
     total, count = 0.0, 0
-    passages = [Passage(model.passage(text).ids[:max_length], ()) for text in texts]
-    passages = [p for p in passages if len(p.ids) > 1]
-    for indices in length_batches([len(p.ids) for p in passages], 4096):
+    read = [model.passage(text).ids[:max_length] for text in texts]
+    shown = [len(ids) // 2 if model.is_encoder_decoder else len(ids) for ids in read]
+    passages = [Passage(ids[:n], ids[n:]) for ids, n in zip(read, shown, strict=True)]
+    scored = [index for index, ids in enumerate(read) if len(ids) > 1]
+    for places in length_batches([len(read[index]) for index in scored], 4096):
+        indices = [scored[place] for place in places]
         batch = model.batch([passages[i] for i in indices], side="right")
-        states = model.trunk_states(batch)
-        wanted = batch.mask[:, 1:].bool()
-        logits = head(states[:, :-1][wanted.to(states.device)]).float()
-        losses = F.cross_entropy(logits, batch.ids[:, 1:][wanted].to(logits.device), reduction="sum")
-        total, count = total + float(losses), count + int(wanted.sum())
+        rows, columns, tokens = batch.text_places()
+        with model.sequences.narrowed(indices, len(passages)):
+            states = model.answer_states(batch)
+        logits = head(states[rows.to(states.device), columns.to(states.device)]).float()
+        losses = F.cross_entropy(logits, tokens.to(logits.device), reduction="sum")
+        total, count = total + float(losses), count + len(tokens)
     if not count:
         raise NumericsError("perplexity needs text: no token was left to score")
     return math.exp(total / count) if total / count < 700 else math.inf

@@ -8,6 +8,7 @@ across the border, when a beginning token is added in one call only, or under le
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,7 @@ from errata.errors import SpanError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SubjectSpan", "find_subject", "locate_subject"]
+__all__ = ["SubjectSpan", "find_subject", "locate_subject", "spellings"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,23 @@ def locate_subject(
     if not overlapping:
         raise SpanError(f"no token of {prompt!r} overlaps its subject {subject!r}; does the tokenizer drop characters?")
     return SubjectSpan(tuple(encoding["input_ids"]), overlapping[0], overlapping[-1], start, stop)
+
+
+def spellings(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> tuple[tuple[int, ...], ...]:
+    """The token ids by which a text may name a subject: as the prompt does, and as it would stand elsewhere.
+
+    With and without a space before it, and with its first letter large or small. Whatever a tokenizer makes of it
+    within other words is not among them.
+    """
+    subject = subject.strip()
+    forms = dict.fromkeys((subject, subject[:1].upper() + subject[1:], subject[:1].lower() + subject[1:]))
+    found = [
+        tuple(tokenizer(before + form, add_special_tokens=False, padding=False)["input_ids"])
+        for form in forms
+        for before in (" ", "")
+    ]
+    if getattr(tokenizer, "is_fast", False):
+        with suppress(SpanError):
+            span = locate_subject(tokenizer, prompt, subject)
+            found.append(span.ids[span.first : span.last + 1])
+    return tuple(dict.fromkeys(way for way in found if way))

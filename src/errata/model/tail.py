@@ -9,6 +9,8 @@ Where a block adds its MLP's output straight to the residual stream (Llama, GPT-
 normalise it first), block l itself need not run either: its output is the recorded one plus the change. Whether
 that is so is found by trying, not by name, once per model and layer.
 
+In an encoder-decoder model the tail is the encoder's blocks from the edited one up, and then the whole decoder.
+
 The result equals the full run to rounding. `Tail(full=True)` is the same interface by full forwards: the oracle in
 tests and the baseline in benchmarks.
 """
@@ -103,7 +105,7 @@ class Tail:
         """Run the whole model once over a batch and keep what the tail needs.
 
         Raises:
-            TailError: blocks, final norm and head do not reproduce this model's logits.
+            TailError: blocks and final norm do not reproduce what the trunk returns.
         """
         anatomy = self.model.anatomy
         inputs: dict[int, Tensor] = {}
@@ -145,27 +147,31 @@ class Tail:
             recording.forward_pass.store.frozen = True
         verdicts = self.model.verdicts
         if "final norm" not in verdicts:
-            self._check(kept["last"], states)
-            verdicts["final norm"] = True
+            verdicts["final norm"] = self._has_final_norm(kept["last"], states)
         if f"additive {self.first}" not in verdicts:
             verdicts[f"additive {self.first}"] = self._is_additive(recording)
         return recording
 
-    def _check(self, last: Tensor, states: Tensor) -> None:
-        """The last block's output through the final norm must be what the trunk returned."""
-        got = self._finish(last)
-        error = float((got - states.to(got.device)).abs().max() / states.abs().max().clamp(min=1e-6))
-        if not error < max(1e-3, 4 * torch.finfo(states.dtype).eps):
-            norm = self.model.anatomy.final_norm
-            raise TailError(
-                f"between its last block and its output, {type(self.model.model).__name__} does "
-                + (f"more than the final norm {norm!r}" if norm else "something, and no final norm was found")
-                + f" (relative difference {error:.1e}); name the right one: AnatomyDeclaration(final_norm=...)"
-            )
+    def _has_final_norm(self, last: Tensor, states: Tensor) -> bool:
+        """Whether it takes the final norm, or nothing (BART), to get from the last block to what the trunk returned."""
+        norm = self.model.anatomy.final_norm
+        errors = []
+        for with_norm in (True, False) if norm else (False,):
+            got = self._finish(last, with_norm)
+            errors.append(float((got - states.to(got.device)).abs().max() / states.abs().max().clamp(min=1e-6)))
+            if errors[-1] < max(1e-3, 4 * torch.finfo(states.dtype).eps):
+                return with_norm
+        raise TailError(
+            f"between its last block and its output, {type(self.model.model).__name__} does "
+            + (f"more than the final norm {norm!r}" if norm else "something, and no final norm was found")
+            + f" (relative difference {errors[0]:.1e}); name the right one: AnatomyDeclaration(final_norm=...)"
+        )
 
-    def _finish(self, states: Tensor) -> Tensor:
+    def _finish(self, states: Tensor, with_norm: bool | None = None) -> Tensor:
+        """From the last block's output to what the trunk returns; through the norm as was found by trying."""
         anatomy = self.model.anatomy
-        if anatomy.final_norm is not None:
+        if self.model.verdicts["final norm"] if with_norm is None else with_norm:
+            assert anatomy.final_norm is not None
             norm = self.model.module(anatomy.final_norm)
             # With layers on several devices, the norm need not be where the last block is.
             states = norm(next((states.to(p.device) for p in norm.parameters()), states))
@@ -210,14 +216,14 @@ class Tail:
     def states(
         self, recording: Recording, changes: Mapping[int, Change] | Change, rows: Tensor, columns: Tensor
     ) -> Tensor:
-        """The residual stream behind the final norm at the given places, [places, hidden]."""
+        """What the vocabulary head reads at the given places, [places, hidden]."""
         per_layer = {self.first: changes} if callable(changes) else dict(changes)
         by_path = {self._path(layer): change for layer, change in per_layer.items()}
         if self.full:
             self.model.sequences.acquire()
             try:
                 with adding(self.model.model, by_path, len(recording.batch.ids)):
-                    states = self.model.trunk_states(recording.batch)
+                    states = self.model.answer_states(recording.batch)
                 return states[rows.to(states.device), columns.to(states.device)]
             finally:
                 self.model.sequences.release()
@@ -235,4 +241,7 @@ class Tail:
         ):
             for block, (args, kwargs) in zip(blocks[start:], recording.calls[start:], strict=True):
                 states = _states(block(states, *args, **kwargs))
+        if self.model.is_encoder_decoder:
+            states = self.model.answer_states(recording.batch, self._finish(states))
+            return states[rows.to(states.device), columns.to(states.device)]
         return self._finish(states[rows.to(states.device), columns.to(states.device)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded rows.
+    """Padded rows, and how a model that reads prompt and answer in one row is called with them.
 
     Attributes:
         ids, mask, positions: [rows, columns]; mask is 1 on real tokens, positions count them from zero.
@@ -48,12 +48,41 @@ class TokenBatch:
     prompt_lengths: Tensor
     starts: Tensor
 
-    def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def trunk_arguments(self) -> dict[str, Any]:
+        """What the trunk is called with for one pass over the batch."""
+        return self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """What the whole model is called with for one pass over the batch."""
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "use_cache": False,
+        }
+
+    def generation(self) -> tuple[dict[str, Any], int]:
+        """What `generate` is called with, and how many columns of its result are not new tokens."""
+        return {"input_ids": self.ids, "attention_mask": self.mask}, int(self.ids.shape[1])
+
+    def next_columns(self) -> Tensor:
+        """Per row, the column of the logits that say what comes first behind the prompt, [rows]."""
+        return self.starts + self.prompt_lengths - 1
 
     def answer_places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns of the logits that predict answer tokens, and the tokens they should predict; [n] each."""
-        predicting = self.mask.bool() & (self.positions >= self.prompt_lengths.unsqueeze(1) - 1)
+        return self._places_from(self.prompt_lengths - 1)
+
+    def text_places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for all tokens that are predicted from others, prompt or answer."""
+        return self._places_from(torch.zeros_like(self.prompt_lengths))
+
+    def _places_from(self, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Places that predict a token, from position `first` [rows] on."""
+        predicting = self.mask.bool() & (self.positions >= first.unsqueeze(1))
         predicting[:, :-1] &= self.mask[:, 1:].bool()
         predicting[:, -1] = False
         rows, columns = predicting.nonzero(as_tuple=True)

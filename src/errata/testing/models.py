@@ -20,6 +20,17 @@ __all__ = ["FAMILIES", "byte_tokenizer", "metaspace_tokenizer", "tiny_hf_model",
 
 _HIDDEN, _INNER, _HEADS, _BLOCKS, _VOCABULARY = 32, 96, 4, 4, 400
 
+_T5: dict[str, Any] = {
+    "tokenizer": "$A </s>",
+    "d_model": _HIDDEN,
+    "d_ff": _INNER,
+    "d_kv": _HIDDEN // _HEADS,
+    "num_layers": _BLOCKS,
+    "num_heads": _HEADS,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
+
 # Config class and the settings that differ from the common ones, per family.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"config": "LlamaConfig", "num_key_value_heads": 2},
@@ -70,6 +81,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "multi_query": True,
     },
     "olmo2": {"config": "Olmo2Config", "num_key_value_heads": 2},
+    # The factors weigh what the layers add against the embeddings, which a random T5 would only repeat.
+    "t5": {"config": "T5Config", **_T5, "tie_word_embeddings": True, "initializer_factor": 2.0},
+    "flan_t5": {"config": "T5Config", **_T5, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.5},
+    "llava": {
+        "config": "LlavaConfig",
+        "text_config": {"model_type": "llama", "num_key_value_heads": 2},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": _HIDDEN,
+            "intermediate_size": _INNER,
+            "num_hidden_layers": 2 * _BLOCKS,  # larger than the text decoder, and still not taken for it
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "image_token_id": _VOCABULARY - 1,
+    },
 }
 
 
@@ -81,8 +109,11 @@ _WORDS = (
 
 
 @functools.cache
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: three special tokens, every byte, and a few whole words. Adds a beginning token."""
+def byte_tokenizer(template: str = "<s> $A") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: three special tokens, every byte, and a few whole words.
+
+    `template` says where a text gets the beginning token <s> and the end token </s>.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -96,7 +127,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([_WORDS] * 4, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = [(token, number) for number, token in enumerate(("<pad>", "<s>", "</s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -119,7 +151,7 @@ def metaspace_tokenizer(texts: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def tiny_hf_model(family: str, seed: int = 0, vocabulary: int = _VOCABULARY, **changes: Any) -> PreTrainedModel:
-    """A tiny random causal language model of a family, in float32 and evaluation mode.
+    """A tiny random model of a family, in float32 and evaluation mode.
 
     Raises:
         ConfigError: the family is unknown.
@@ -127,9 +159,12 @@ def tiny_hf_model(family: str, seed: int = 0, vocabulary: int = _VOCABULARY, **c
     import torch
     import transformers
 
+    from errata.model.editable import auto_class
+
     if family not in FAMILIES:
         raise ConfigError(unknown_name("family", family, FAMILIES))
     settings = dict(FAMILIES[family])
+    settings.pop("tokenizer", None)
     config_class = getattr(transformers, settings.pop("config"))
     common = {
         "vocab_size": vocabulary,
@@ -146,7 +181,9 @@ def tiny_hf_model(family: str, seed: int = 0, vocabulary: int = _VOCABULARY, **c
         "initializer_range": 0.2,
         "attn_implementation": "eager",
     }
-    if "n_embd" in settings:
+    if "text_config" in settings:
+        settings["text_config"] = {**common, **settings["text_config"]}
+    if {"n_embd", "d_model", "text_config"} & settings.keys():
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -158,12 +195,14 @@ def tiny_hf_model(family: str, seed: int = 0, vocabulary: int = _VOCABULARY, **c
     config = config_class(**{**common, **settings, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     return model.eval()
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> EditableModel:
-    """A tiny random model of a family with the byte tokenizer, ready to be edited."""
+    """A tiny random model of a family with a byte tokenizer, ready to be edited."""
     from errata.model import EditableModel
 
-    return EditableModel(tiny_hf_model(family, seed, **changes), byte_tokenizer(), model_id=f"tiny-{family}-{seed}")
+    model = tiny_hf_model(family, seed, **changes)
+    tokenizer = byte_tokenizer(FAMILIES[family].get("tokenizer", "<s> $A"))
+    return EditableModel(model, tokenizer, model_id=f"tiny-{family}-{seed}")
