@@ -1,14 +1,20 @@
-"""Packed masks: packing, overlap against the definition, growing and removing, and the TopHash of MEMOIR."""
+"""Packed masks: packing, overlap against the definition, growing and removing."""
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from errata.errors import ConfigError, EditError
-from errata.routing import MaskStore, TopHashRouter, chance_overlap, pack, relative_threshold, unpack
+from errata.errors import ConfigError
+from errata.routing import MaskStore, chance_overlap, pack, unpack
+from errata.routing.masks import Rows
 
 
 def random_masks(count: int, width: int, marked: int, seed: int) -> torch.Tensor:
@@ -71,6 +77,68 @@ def test_masks_of_another_size_are_refused() -> None:
         MaskStore(8, 3).append(torch.tensor([1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool))
 
 
+def test_growing_copies_nothing() -> None:
+    rows = Rows(4, np.uint8)
+    where = []
+    for number in range(1000):
+        rows.append(np.full(4, number % 256, dtype=np.uint8))
+        where.append([segment.__array_interface__["data"][0] for _, segment in rows.segments()])
+    assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(where))
+    assert len(where[-1]) < 10
+    assert rows.whole()[:, 0].tolist() == [number % 256 for number in range(1000)]
+
+
+def test_removing_moves_nothing() -> None:
+    rows = Rows(1, np.int64)
+    for number in range(300):
+        rows.append(np.array([number]))
+    where = [segment.__array_interface__["data"][0] for _, segment in rows.segments()]
+    left = list(range(300))
+    for number in (0, 250, 250, 17, len(left) - 5, 0):
+        assert rows.remove(number) == left.pop(number)
+    assert [segment.__array_interface__["data"][0] for _, segment in rows.segments()] == where
+    assert rows.whole()[:, 0].tolist() == left
+    numbers = np.arange(len(left))
+    assert rows.places_of(numbers).tolist() == left
+    assert rows.numbers_of(np.array(left)).tolist() == numbers.tolist()
+    assert rows.at(rows.places_of(numbers[::-1]))[:, 0].tolist() == left[::-1]
+
+
+def test_masks_are_used_where_a_file_has_them(tmp_path: Path) -> None:
+    masks = random_masks(50, 40, 9, 0)
+    # A byte in front of them, so that they stand at an odd address.
+    save_file({"a": torch.zeros(1, dtype=torch.uint8), "masks": pack(masks)}, tmp_path / "masks.safetensors")
+    loaded = load_file(tmp_path / "masks.safetensors")["masks"]
+    store = MaskStore(40, 9)
+    store.load(loaded)
+    assert store.packed.data_ptr() == loaded.data_ptr()
+    store.append(masks[3])
+    store.remove(0)
+    assert torch.equal(loaded, pack(masks))
+    kept = torch.cat([masks[1:], masks[3:4]])
+    assert torch.equal(store.packed, pack(kept))
+    assert torch.equal(store.overlaps(masks), (masks[:, None] & kept[None]).sum(-1).float() / 9)
+
+
+def test_masks_of_another_width_are_not_loaded() -> None:
+    with pytest.raises(ConfigError, match="rows of 5 bytes"):
+        MaskStore(40, 9).load(torch.zeros(3, 6, dtype=torch.uint8))
+
+
+def test_the_nearest_among_some_is_found_among_them() -> None:
+    masks, queries = random_masks(60, 40, 9, 0), random_masks(4, 40, 9, 1)
+    store = MaskStore(40, 9)
+    for mask in masks:
+        store.append(mask)
+    among = [torch.tensor([5, 9, 30]), torch.arange(60), torch.tensor([7]), torch.tensor([], dtype=torch.long)]
+    shares, numbers = store.nearest(queries, 2, among)
+    overlaps = store.overlaps(queries)
+    for row, chosen in enumerate(among):
+        best = chosen[overlaps[row, chosen].argsort(descending=True, stable=True)][:2].tolist()
+        assert numbers[row].tolist() == best + [-1] * (2 - len(best))
+        assert shares[row].tolist() == [float(overlaps[row, number]) for number in best] + [0.0] * (2 - len(best))
+
+
 def test_ties_go_to_the_earliest_whatever_the_batch() -> None:
     store = MaskStore(8, 2)
     mask = torch.tensor([1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
@@ -78,92 +146,3 @@ def test_ties_go_to_the_earliest_whatever_the_batch() -> None:
         store.append(mask)
     assert store.nearest(mask[None])[1].tolist() == [[0]]
     assert store.nearest(mask[None].expand(4, -1))[1].tolist() == [[0]] * 4
-
-
-def router(width: int = 40, marked: int = 10, pooling: str = "mean") -> TopHashRouter:
-    made = TopHashRouter.seeded(width, marked, torch.Generator().manual_seed(0), pooling)  # type: ignore[arg-type]
-    made.threshold = 0.6
-    return made
-
-
-def test_tophash_marks_the_permuted_places_of_the_largest() -> None:
-    made = router()
-    features = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
-    masks = made.hash(features)
-    for row in range(3):
-        largest = features[row].abs().argsort(descending=True)[:10]
-        assert set(masks[row].nonzero().squeeze(1).tolist()) == set(made.permutation[largest].tolist())
-    assert sorted(made.permutation.tolist()) == list(range(40))
-
-
-@pytest.mark.parametrize("pooling", ["mean", "content_mean", "last"])
-def test_gathering_in_parts_equals_gathering_at_once(pooling: str) -> None:
-    made = router(pooling=pooling)
-    inputs = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(2))
-    prompt = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
-    whole = made.features(made.gather(inputs, prompt))
-    gathered = None
-    for start, stop in ((0, 3), (3, 4), (4, 7)):
-        gathered = made.gather(inputs[:, start:stop], prompt[:, start:stop], gathered)
-    assert gathered is not None
-    assert torch.allclose(made.features(gathered), whole, atol=1e-6)
-    own = inputs[0, 2:]
-    expected = {"mean": own.mean(0), "content_mean": own[1:].mean(0), "last": own[-1]}[pooling]
-    assert torch.allclose(whole[0], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "content_mean", "last"])
-def test_gathering_follows_the_layers_device_not_the_token_ids(pooling: str) -> None:
-    made = router(pooling=pooling)
-    inputs, prompt = torch.zeros(2, 7, 40, device="meta"), torch.ones(2, 7, dtype=torch.bool)
-    gathered = made.gather(inputs, prompt, made.gather(inputs, prompt))
-    assert {x.device.type for x in (gathered.sums, gathered.counts, gathered.last, gathered.seen)} == {"meta"}
-
-
-def test_nothing_fires_below_the_threshold() -> None:
-    made = router()
-    features = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
-    assert made.match(features).entry.tolist() == [-1, -1]
-    made.append(made.hash(features)[0], "edit")
-    route = made.match(features)
-    assert route.entry.tolist()[0] == 0
-    assert float(route.score[0]) == 1.0
-    assert route.threshold.tolist() == [0.6, 0.6]
-    made.threshold = float(route.score[1]) + 0.01
-    assert made.match(features).entry.tolist() == [0, -1]
-
-
-def test_the_same_mask_changes_owner_and_removal_is_by_owner() -> None:
-    made = router()
-    masks = made.hash(torch.randn(3, 40, generator=torch.Generator().manual_seed(4)))
-    for number, mask in enumerate(masks):
-        assert made.append(mask, f"edit-{number}") is None
-    assert made.append(masks[1], "newer") == "edit-1"  # which can be reached no more, and is not lost silently
-    assert made.append(masks[1], "newer") is None
-    assert made.owners == ["edit-0", "newer", "edit-2"]
-    assert made.remove("newer") == [1]
-    assert len(made) == 2
-    with pytest.raises(EditError, match="no mask is stored"):
-        made.remove("edit-1")
-
-
-def test_a_router_comes_back_from_its_state() -> None:
-    made = router(pooling="last")
-    made.append(made.hash(torch.randn(1, 40))[0], "edit")
-    tensors, settings_ = made.state()
-    again = TopHashRouter.from_state(tensors, settings_)
-    assert again.owners == made.owners
-    assert torch.equal(again.store.packed, made.store.packed)
-    assert torch.equal(again.permutation, made.permutation)
-    assert (again.threshold, again.pooling) == (made.threshold, made.pooling)
-
-
-def test_a_relative_threshold_starts_at_chance() -> None:
-    assert relative_threshold(0.0, 4096, 14336) == pytest.approx(4096 / 14336)
-    assert relative_threshold(0.16, 4096, 14336) == pytest.approx(0.4, abs=0.001)
-    assert relative_threshold(1.0, 4096, 14336) == 1.0
-
-
-def test_an_unknown_pooling_is_refused() -> None:
-    with pytest.raises(ConfigError, match="choose mean, content_mean or last"):
-        router(pooling="median")

@@ -1,11 +1,15 @@
 """Who fires: the contract of routers, features of a prompt, and exact search among what is stored."""
 
 from errata.routing.base import Route, Router
+from errata.routing.distance import DistanceRouter
+from errata.routing.keys import KeyStore
 from errata.routing.masks import MaskStore, chance_overlap, pack, unpack
 from errata.routing.tophash import Gathered, TopHashRouter, relative_threshold
 
 __all__ = [
+    "DistanceRouter",
     "Gathered",
+    "KeyStore",
     "MaskStore",
     "Route",
     "Router",

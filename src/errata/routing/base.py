@@ -55,12 +55,13 @@ class Router(abc.ABC):
         return len(self.owners)
 
     @abc.abstractmethod
-    def gather(self, inputs: Tensor, prompt: Tensor, before: Any = None) -> Any:
+    def gather(self, inputs: Tensor, prompt: Tensor, before: Any = None, ids: Tensor | None = None) -> Any:
         """Add this pass's prompt tokens to what was gathered so far.
 
         Args:
             inputs: of the edited layer, [rows, columns, D]; prompt: [rows, columns], True on tokens of prompts.
             before: what the previous pass over the same sequences returned; None at the first.
+            ids: [rows, columns], the tokens; None where the pass was given embeddings.
 
         Returns:
             Anything whose tensors, also in tuples, lists, dictionaries and dataclasses, have one row per sequence.
