@@ -17,6 +17,7 @@ FAMILIES = ("llama", "gpt2", "gemma2", "opt")
 
 # Settings under which random models of width 32 can be taught at all.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "grace": {"layer": 1, "radius": 0.3, "learning_rate": 0.3, "steps": 80},
     "ft": {"learning_rate": 1e-2, "steps": 60},
     "rome": {
         "tokens_per_width": 4.0,
@@ -27,7 +28,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kl_factor": 0.0,
         "weight_decay": 0.0,
     },
+    "melo": {"layer": 1, "radius": 0.3, "learning_rate": 0.1, "steps": 80},
     "memoir": {"layer": 1, "steps": 150, "learning_rate": 3.0, "contexts": 2},
+    "wise": {
+        "layer": 1,
+        "steps": 150,
+        "learning_rate": 0.2,
+        "contexts": 0,
+        "irrelevant": 100,
+        "mask_density": 1.0,
+        "margin_scale": 2.0,
+    },
 }
 
 
@@ -47,3 +58,11 @@ MAKERS = {name: make(name) for name in editor_names()}
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_contract(name: str, family: str, check: Callable[[Case], None], tmp_path: Path) -> None:
     check(Case(MAKERS[name], family, tmp_path))
+
+
+@pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("family", ["t5", "llava"])
+def test_contract_of_memoir_on_other_kinds_of_models(
+    family: str, check: Callable[[Case], None], tmp_path: Path
+) -> None:
+    check(Case(MAKERS["memoir"], family, tmp_path))

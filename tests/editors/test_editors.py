@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,28 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from errata.adapters import ColumnMemory, DeltaAdapter, RoutedAdapter
+from errata.adapters import DeltaAdapter
 from errata.edit import Edit
 from errata.editors import editor_class, editor_names
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.ft import FineTune, FineTuneConfig, _low_rank
-from errata.editors.memoir import Memoir, MemoirConfig, _Questions, calibrate_threshold
+from errata.editors.memoir import Memoir, MemoirConfig
 from errata.editors.registry import GROUP
 from errata.editors.rome import Rome, RomeConfig
 from errata.editors.values import ValueSettings, find_target_value
 from errata.errors import BaseMismatchError, ConfigError, EditError, SpanError
-from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.probes import adding
 from errata.progress import Progress
-from errata.routing import TopHashRouter
 from errata.testing import tiny_model
 
 EDIT = Edit(prompt="The capital of France", target="Rome", subject="France")
 REVISED = Edit(prompt="The capital  of France", target="Berlin", subject="France")
 ANOTHER = Edit(prompt="Bob wrote Hamlet", target="Alice", subject="Hamlet")
 FT: dict[str, Any] = {"learning_rate": 1e-2, "steps": 60}
-MEMOIR: dict[str, Any] = {"steps": 40, "learning_rate": 3.0, "contexts": 2}
+MEMOIR: dict[str, Any] = {"steps": 40, "learning_rate": 3.0, "clip_norm": 1.0, "contexts": 2, "relative_threshold": 0.5}
 ROME: dict[str, Any] = {"tokens_per_width": 4.0, "steps": 40, "clamp": 40.0, "contexts": 0, "kl_factor": 0.0}
 
 
@@ -91,7 +88,7 @@ def test_configurations_reject_what_they_do_not_know(config: Any) -> None:
     [
         (RomeConfig, {"variant": "romantic"}, "r-rome"),
         (RomeConfig, {"contexts": 21}, "between 0 and 20"),
-        (MemoirConfig, {"decay": "often"}, "setting decay is 'often'; expected 'active' or 'reference' or 'none'"),
+        (MemoirConfig, {"decay": "often"}, "setting decay is 'often'; expected 'none' or 'active' or 'all'"),
         (MemoirConfig, {"pooling": "first"}, "'mean' or 'content_mean' or 'last' or 'auto'"),
         (RomeConfig, {"steps": "abc"}, "setting steps is 'abc'; expected a whole number"),
         (RomeConfig, {"steps": 2.5}, "setting steps is 2.5; expected a whole number"),
@@ -119,7 +116,7 @@ def test_values_that_fit_are_taken_as_they_are_meant() -> None:
 
 def test_the_registry_offers_the_nearest_name() -> None:
     assert {"ft", "memoir", "rome"} <= set(editor_names())
-    with pytest.raises(ConfigError, match=r"unknown method 'memor'. Did you mean 'memoir'\?"):
+    with pytest.raises(ConfigError, match=r"unknown method 'memor'. Did you mean 'memoir'"):
         editor_class("memor")
 
 
@@ -270,152 +267,22 @@ def test_ft_in_a_batch_writes_every_edit() -> None:
     assert len({e.steps for e in outcome.applied}) == 1
 
 
-def memoir_adapter(**settings: Any) -> tuple[Memoir, RoutedAdapter, ColumnMemory]:
-    editor = Memoir(tiny_model("llama"), **{**MEMOIR, **settings})
-    editor.edit([EDIT])
-    assert isinstance(editor.adapter, RoutedAdapter)
-    assert isinstance(editor.adapter.memory, ColumnMemory)
-    return editor, editor.adapter, editor.adapter.memory
-
-
-def test_memoir_writes_into_its_own_columns_only() -> None:
-    _, adapter, memory = memoir_adapter()
-    mask = adapter.router.masks(torch.tensor([0]))[0]
-    assert int(mask.sum()) == adapter.router.marked == round(4096 / 14336 * 96)
-    assert not bool(memory.weight[:, ~mask].any())
-    assert bool(memory.weight[:, mask].any())
-
-
-@pytest.mark.parametrize(("decay", "fades"), [("active", False), ("none", False), ("reference", True)])
-def test_only_the_references_decay_fades_older_edits(decay: str, fades: bool) -> None:
-    editor, adapter, memory = memoir_adapter(decay=decay, weight_decay=1e-3)
-    first = adapter.router.masks(torch.tensor([0]))[0]
-    before = memory.weight.clone()
-    editor.edit([Edit(prompt="Ann plays the", target="flute")])
-    untouched = first & ~adapter.router.masks(torch.tensor([1]))[0]
-    assert bool(untouched.any())
-    same = torch.equal(memory.weight[:, untouched], before[:, untouched])
-    assert same is not fades
-
-
-def test_one_step_of_memoir_is_no_longer_than_its_clipped_gradient() -> None:
-    for clip in (1e-3, 1e-2):
-        _, _, memory = memoir_adapter(steps=1, learning_rate=0.5, clip_norm=clip, decay="none", contexts=0)
-        assert float(memory.weight.norm()) == pytest.approx(0.5 * clip, rel=1e-3)
-
-
-def test_a_refused_edit_leaves_memoirs_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    editor, adapter, memory = memoir_adapter(decay="reference", weight_decay=1e-2)
-    before, masks, version = memory.weight.clone(), len(adapter.router), adapter.memory_version
-
-    def nothing(tail: Any, recording: Any, columns: Any, start: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return start, 5
-
-    monkeypatch.setattr(editor, "_train", nothing)
-    outcome = editor.edit([ANOTHER])
-    assert [refused.edit_id for refused in outcome.refused] == [ANOTHER.id]
-    assert torch.equal(memory.weight, before)
-    assert (len(adapter.router), adapter.memory_version) == (masks, version)
-    assert adapter.edits() == [EDIT]
-
-
-def counting_rows(model: EditableModel) -> list[int]:
-    """Rows of every pass through the trunk from now on."""
-    rows: list[int] = []
-    model.module(model.anatomy.trunk).register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    return rows
-
-
-def test_memoir_prepares_once_for_all_poolings_and_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
-    first = Memoir(tiny_model("llama"), **MEMOIR)
-    rows = counting_rows(first.model)
-    first.prepare()
-    assert first.config.pooling == "auto"
-    questions = 100 + 200 * (1 + 3 + 3)
-    assert sum(rows) <= questions + sum(5 + 10 for _ in range(5))
-    (kept,) = (tmp_path / "memoir").iterdir()
-    assert kept.suffix == ".safetensors"
-
-    again = Memoir(tiny_model("llama"), **MEMOIR)
-    rows = counting_rows(again.model)
-    again.prepare()
-    assert rows == []
-    assert_prepared_alike(first, again)
-
-    others = ({"seed": 1}, {"layer": 1}, {"marked": 20}, {"background": 7}, {"threshold": 0.4}, {"pooling": "last"})
-    editors = [first, *(Memoir(first.model, **{**MEMOIR, **other}) for other in others)]
-    assert len({editor._digest(_Questions.ask(editor.model, editor.config)) for editor in editors}) == 7
-
-    kept.write_bytes(b"damaged")
-    made_again = Memoir(tiny_model("llama"), **MEMOIR)
-    made_again.prepare()
-    assert_prepared_alike(first, made_again)
-
-
-def assert_prepared_alike(one: Memoir, other: Memoir) -> None:
-    first, second = one._router, other._router
-    assert torch.equal(first.background, second.background)
-    assert (first.threshold, first.pooling) == (second.threshold, second.pooling)
-    assert one._routed.notes == other._routed.notes
-
-
-@pytest.mark.parametrize("name", ["memoir", "rome"])
-def test_what_is_prepared_belongs_to_the_base_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_rome_prepares_belongs_to_the_base_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever other adapters are attached to it meanwhile."""
-    settings = {"memoir": {"layer": 2, "threshold": 0.4}, "rome": {**ROME, "layer": 2}}[name]
     found = []
     for place, beside in (("alone", False), ("beside", True)):
         monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / place))
         model = tiny_model("llama")
         if beside:
             FineTune(model, layers=(0,), learning_rate=1e-1).edit([ANOTHER])
-        editor = editor_class(name)(model, **settings)
+        editor = Rome(model, **{**ROME, "layer": 2})
         editor.prepare()
         found.append(editor)
     assert found[0].adapter.notes == found[1].adapter.notes
-    if name == "memoir":
-        assert_prepared_alike(found[0], found[1])
-    else:
-        assert torch.equal(found[0]._statistics.second_moment, found[1]._statistics.second_moment)
-
-
-def test_an_unrelated_prompt_is_bit_identical_beside_an_edited_one() -> None:
-    editor, adapter, _ = memoir_adapter()
-    model = editor.model
-    prompts = [EDIT.prompt, "x yz"]
-    batch = model.batch([model.passage(p) for p in prompts])
-    edited = model.forward(batch).logits
-    assert [e.fires for e in adapter.explain(prompts)] == [True, False]
-    with adapter.detached():
-        base = model.forward(batch).logits
-    assert torch.equal(edited[1], base[1])
-    assert not torch.equal(edited[0], base[0])
-
-
-def test_a_fixed_threshold_is_kept_and_recorded() -> None:
-    _, adapter, _ = memoir_adapter(threshold=0.4)
-    assert adapter.router.threshold == 0.4
-    assert adapter.notes["calibration"] == {"kind": "fixed threshold", "pooling": "mean", "threshold": 0.4}
-    _, relative, _ = memoir_adapter(relative_threshold=0.5)
-    chance = relative.router.marked / 96
-    assert relative.router.threshold == pytest.approx(chance + 0.5 * (1 - chance))
-
-
-def test_calibration_lets_no_more_neighbours_fire_than_allowed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    router = TopHashRouter.seeded(200, 50, generator)
-    stored = torch.randn(40, 200, generator=generator)
-    near = stored[:20] + 0.3 * torch.randn(20, 200, generator=generator)
-    neighbours = stored[torch.arange(60) % 40] + 1.5 * torch.randn(60, 200, generator=generator)
-    hashes = [router.hash(x) for x in (stored, near, neighbours)]
-    for allowed in (0.0, 0.05, 0.2):
-        threshold, record = calibrate_threshold(router, hashes[0], hashes[1], torch.arange(20), hashes[2], allowed)
-        assert record["neighbours_fired"] <= allowed + 1e-6
-        assert record["paraphrases_reached"] > 0.9
-        assert math.isclose(record["relative_threshold"], (threshold - 0.25) / 0.75, rel_tol=1e-6)
+    first, second = (editor._statistics for editor in found)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.second_moment, second.second_moment)
 
 
 def test_the_receipt_reads_like_one() -> None:
@@ -444,6 +311,9 @@ def test_an_adapter_of_another_method_is_not_gone_on_with() -> None:
         ("memoir", {"layer": 1}, {"layer": 2}),
         ("memoir", {"layer": 1}, {"marked": 20}),
         ("memoir", {"layer": 1}, {"threshold": 0.4}),
+        ("memoir", {"layer": 1}, {"layers": (2,)}),
+        ("memoir", {"layer": 1}, {"acts": "all"}),
+        ("memoir", {"layer": 1}, {"mask": "random"}),
         ("memoir", {"layer": 1}, {"relative_threshold": 0.4}),
         ("memoir", {"layer": 1}, {"pooling": "last"}),
         ("memoir", {"layer": 1}, {"seed": 3}),
@@ -539,9 +409,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch, editor: Editor[Any], refused: str)
     return batches
 
 
-@pytest.mark.parametrize("name", ["memoir", "rome"])
-def test_only_the_edit_that_fails_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = editor_class(name)(tiny_model("llama"), batch_size=3, **{"memoir": MEMOIR, "rome": ROME}[name])
+def test_only_the_edit_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = Rome(tiny_model("llama"), batch_size=3, **ROME)
     third = Edit(prompt="The flute of Ann", target="piano", subject="Ann")
     batches = refusing(monkeypatch, editor, ANOTHER.id)
     outcome = editor.edit([EDIT, ANOTHER, third])
@@ -551,8 +420,9 @@ def test_only_the_edit_that_fails_is_refused(name: str, monkeypatch: pytest.Monk
     editor.adapter.revert(EDIT.id)
 
 
-def test_a_joint_batch_is_refused_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = FineTune(tiny_model("llama"), batch_size=3, **FT)
+@pytest.mark.parametrize("name", ["ft", "memoir"])
+def test_a_joint_batch_is_refused_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = editor_class(name)(tiny_model("llama"), batch_size=3, **{"ft": FT, "memoir": MEMOIR}[name])
     refusing(monkeypatch, editor, ANOTHER.id)
     outcome = editor.edit([EDIT, ANOTHER, REVISED])
     assert [edit.edit_id for edit in outcome.refused] == [EDIT.id, ANOTHER.id, REVISED.id]
@@ -595,18 +465,6 @@ def test_the_same_edit_under_another_id_takes_the_place_of_the_first(name: str) 
         attached = model.forward(batch).logits
         editor.adapter.detach()
         assert torch.equal(attached, model.forward(batch).logits)
-
-
-def test_an_edit_that_loses_its_mask_to_another_prompt_is_struck_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = Memoir(tiny_model("llama"), **MEMOIR)
-    editor.edit([EDIT])
-    router = editor._router
-    mask = router.masks(torch.tensor([0]))[0]
-    monkeypatch.setattr(router, "hash", lambda features: mask[None].expand(len(features), -1))
-    outcome = editor.edit([ANOTHER])
-    assert outcome.superseded == [(EDIT.id, ANOTHER.id)]
-    assert held(editor) == [ANOTHER.id] == router.owners
-    editor.adapter.revert(ANOTHER.id)
 
 
 @pytest.mark.parametrize("name", ["ft", "memoir", "rome"])

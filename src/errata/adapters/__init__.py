@@ -1,7 +1,9 @@
 """What is attached to a model and saved to disk."""
 
 from errata.adapters.base import Adapter, AutoAdapter, BaseIdentity, Explanation, LayerChange, RevertResult
+from errata.adapters.codebook import Codebook
 from errata.adapters.delta import DeltaAdapter, WeightChange
+from errata.adapters.keyed import KeyedAdapter
 from errata.adapters.memories import ColumnMemory, Memory
 from errata.adapters.routed import RoutedAdapter, RoutedLayer
 
@@ -9,9 +11,11 @@ __all__ = [
     "Adapter",
     "AutoAdapter",
     "BaseIdentity",
+    "Codebook",
     "ColumnMemory",
     "DeltaAdapter",
     "Explanation",
+    "KeyedAdapter",
     "LayerChange",
     "Memory",
     "RevertResult",

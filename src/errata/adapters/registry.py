@@ -17,7 +17,9 @@ GROUP = "errata.adapters"
 
 _BUILT_IN: dict[str, str] = {
     "delta": "errata.adapters.delta:DeltaAdapter",
+    "keyed": "errata.adapters.keyed:KeyedAdapter",
     "routed": "errata.adapters.routed:RoutedAdapter",
+    "wise": "errata.adapters.sides:WiseAdapter",
 }
 
 

@@ -1,4 +1,6 @@
-"""A router and a memory beside one linear layer: nothing happens until a prompt matches a stored edit.
+"""A router and a memory beside a linear layer: nothing happens until a prompt matches a stored edit.
+
+There may be more memories, beside later layers; what is read there was decided by the one router, at the first.
 
 The route is decided once, while the prompt is read, per sequence and from prompt tokens only; it is stored with the
 sequence's KV cache and kept until that is gone. Results therefore do not depend on the batch, on padding, on whether
@@ -24,33 +26,58 @@ from errata.model.scoring import length_batches
 from errata.model.sequences import ForwardPass
 from errata.routing import Router, TopHashRouter
 
-__all__ = ["RoutedAdapter", "RoutedLayer"]
+__all__ = ["ReadingLayer", "RoutedAdapter", "RoutedLayer"]
 
 
 class RoutedLayer(Contribution):
-    """Router and memory of one layer, as they act in a forward pass."""
+    """Router and memory of one layer, as they act in a forward pass.
 
-    def __init__(self, router: Router, memory: Memory) -> None:
-        self.router, self.memory = router, memory
+    Attributes:
+        further: memories beside later layers that this router decides for, see `ReadingLayer`.
+    """
+
+    def __init__(self, router: Router, memory: Memory, further: Sequence[Memory] = ()) -> None:
+        self.router, self.memory, self.further = router, memory, tuple(further)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return (self.memory, *self.further)
 
     def change_output(self, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
         store = forward_pass.store
         if not store.frozen:
-            gathered = self.router.gather(inputs, forward_pass.prompt, store.gathered.get(self))
+            gathered = self.router.gather(inputs, forward_pass.prompt, store.gathered.get(self), forward_pass.ids)
+            route = self.router.decide(gathered)
             store.gathered[self] = gathered
-            store.decided[self] = self.memory.select(self.router.decide(gathered), self.router, inputs.device)
-        selection = store.decided.get(self)
-        if selection is None:  # attached after these prompts were read: they go on as they began
+            store.decided[self] = tuple(one.select(route, self.router, inputs.device) for one in self.memories)
+        return self.read(0, inputs, outputs, forward_pass)
+
+    def read(self, number: int, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
+        """New outputs of the layer beside which memory `number` stands."""
+        store = forward_pass.store
+        selections = store.decided.get(self)
+        if selections is None:  # attached after these prompts were read: they go on as they began
             return outputs
-        expanded = tuple(store.expanded(part, inputs.shape[0]) for part in selection)
-        return self.memory.read(inputs, outputs, expanded, forward_pass)
+        expanded = tuple(store.expanded(part, inputs.shape[0]) for part in selections[number])
+        return self.memories[number].read(inputs, outputs, expanded, forward_pass)
+
+
+class ReadingLayer(Contribution):
+    """A further memory of a `RoutedLayer`, beside a later layer."""
+
+    def __init__(self, first: RoutedLayer, number: int) -> None:
+        self.first, self.number = first, number
+
+    def change_output(self, inputs: Tensor, outputs: Tensor, forward_pass: ForwardPass) -> Tensor:
+        return self.first.read(self.number, inputs, outputs, forward_pass)
 
 
 class RoutedAdapter(Adapter):
-    """Edits beside one linear layer of the base model.
+    """Edits beside a linear layer of the base model, or beside several.
 
     Attributes:
         path: the layer; router, memory: who fires, and what is then read.
+        further_paths: later layers, beside which `layer.further` stand, in that order.
         notes: what the editor keeps for going on later (prefixes, calibration), as JSON.
         routers, memories: the kinds that can be loaded, by name. Another package's kinds stand in a subclass with its
             own `adapter_type`, named in the entry points of `errata.adapters.registry.GROUP`.
@@ -68,11 +95,20 @@ class RoutedAdapter(Adapter):
         *,
         path: str = "",
         layer: RoutedLayer | None = None,
+        further_paths: Sequence[str] = (),
     ) -> None:
         super().__init__(base, editor, editor_config)
-        self.path = path
-        self._layer = layer
+        self.path, self.further_paths = path, tuple(further_paths)
+        self._set_layer(layer)
         self.notes: dict[str, Any] = {}
+
+    def _set_layer(self, layer: RoutedLayer | None) -> None:
+        self._layer = layer
+        self._contributions: dict[str, Contribution] = {}
+        if layer is not None:
+            self._contributions = {self.path: layer}
+            for number, path in enumerate(self.further_paths, start=1):
+                self._contributions[path] = ReadingLayer(layer, number)
 
     @property
     def layer(self) -> RoutedLayer:
@@ -88,12 +124,19 @@ class RoutedAdapter(Adapter):
         return self.layer.memory
 
     def contributions(self) -> Mapping[str, Contribution]:
-        return {self.path: self.layer}
+        return self._contributions
+
+    def _forget(self, edit_id: str) -> str | None:
+        """Take out an edit's entries; what stays of them in a memory, in words."""
+        entries = self.router.remove(edit_id)
+        left_behind = [reason for one in self.layer.memories if (reason := one.forget(entries))]
+        return left_behind[0] if left_behind else None
 
     def _revert(self, edit_id: str) -> RevertResult:
-        left_behind = self.memory.forget(self.router.remove(edit_id))
+        left_behind = self._forget(edit_id)
         if not len(self.router):
-            self.memory.clear()
+            for one in self.layer.memories:
+                one.clear()
             return RevertResult(edit_id, "exact", "it was the only edit; the memory is empty again")
         if left_behind is None:
             return RevertResult(edit_id, "exact", "its entry is removed, and nothing of it is left in the memory")
@@ -102,7 +145,7 @@ class RoutedAdapter(Adapter):
 
     def _supersede(self, old_id: str, new_id: str) -> None:
         if old_id in self.router.owners:  # unless the new edit has taken over the very same entry
-            self.memory.forget(self.router.remove(old_id))
+            self._forget(old_id)
 
     @torch.no_grad()
     def gathered(self, prompts: Sequence[str], model: EditableModel) -> Iterator[tuple[list[int], Any]]:
@@ -110,9 +153,12 @@ class RoutedAdapter(Adapter):
         passages = [model.passage(prompt) for prompt in prompts]
         for indices in length_batches([len(p.ids) for p in passages], 8192):
             batch = model.batch([passages[i] for i in indices], side="right")
-            with capturing_inputs(model.model, [self.path], len(indices)) as inputs:
+            with (
+                capturing_inputs(model.model, [self.path], len(indices)) as inputs,
+                model.sequences.narrowed(indices, len(prompts)),
+            ):
                 model.trunk_states(batch)
-            yield indices, self.router.gather(inputs[self.path], batch.mask.bool())
+            yield indices, self.router.gather(inputs[self.path], batch.mask.bool(), ids=batch.ids)
 
     def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
         def owner(number: Tensor) -> str | None:
@@ -135,23 +181,37 @@ class RoutedAdapter(Adapter):
         return [found[index] for index in range(len(prompts))]
 
     def layer_changes(self, model: EditableModel) -> list[LayerChange]:
-        base = float(weight_of(model.module(self.path)).float().norm())
-        norm = self.memory.norm()
-        return [LayerChange(self.path, norm, norm / base if base else 0.0, len(self.router))]
+        changes = []
+        for path, one in zip((self.path, *self.further_paths), self.layer.memories, strict=True):
+            base, norm = float(weight_of(model.module(path)).float().norm()), one.norm()
+            changes.append(LayerChange(path, norm, norm / base if base else 0.0, one.count(len(self.router))))
+        return changes
 
     def with_random_content(self, generator: torch.Generator) -> RoutedAdapter:
-        layer = RoutedLayer(self.router, self.memory.with_random_content(generator))
-        return RoutedAdapter(self.base, self.editor, self.editor_config, path=self.path, layer=layer)
+        memory, *further = (one.with_random_content(generator) for one in self.layer.memories)
+        layer = RoutedLayer(self.router, memory, further)
+        return type(self)(
+            self.base,
+            self.editor,
+            self.editor_config,
+            path=self.path,
+            layer=layer,
+            further_paths=self.further_paths,
+        )
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         router_tensors, router = self.router.state()
-        memory_tensors, memory = self.memory.state()
         tensors = {f"router.{name}": tensor for name, tensor in router_tensors.items()}
-        tensors |= {f"memory.{name}": tensor for name, tensor in memory_tensors.items()}
+        memories = []
+        for number, one in enumerate(self.layer.memories):
+            memory_tensors, memory = one.state()
+            tensors |= {f"memory.{number}.{name}": tensor for name, tensor in memory_tensors.items()}
+            memories.append({"kind": one.kind, **memory})
         state = {
             "path": self.path,
+            "further_paths": self.further_paths,
             "router": {"kind": self.router.kind, **router},
-            "memory": {"kind": self.memory.kind, **memory},
+            "memories": memories,
             "notes": self.notes,
         }
         return tensors, state
@@ -168,10 +228,17 @@ class RoutedAdapter(Adapter):
                 )
             return kinds[kind]
 
-        self.path = state["path"]
+        if "memories" not in state:
+            raise ArtifactError(
+                "this adapter was saved by an errata that knew one layer only; build it anew from its edits.jsonl: "
+                "errata edit --edits edits.jsonl --method METHOD --out NEW"
+            )
+        self.path, self.further_paths = state["path"], tuple(state["further_paths"])
         self.notes = dict(state["notes"])
+        made = []
+        for number, one in enumerate(state["memories"]):
+            memory: type[Memory] = known("memory", one["kind"], self.memories)
+            made.append(memory.from_state(part(f"memory.{number}."), one))
         router: type[Router] = known("router", state["router"]["kind"], self.routers)
-        memory: type[Memory] = known("memory", state["memory"]["kind"], self.memories)
-        self._layer = RoutedLayer(
-            router.from_state(part("router."), state["router"]), memory.from_state(part("memory."), state["memory"])
-        )
+        found = router.from_state(part("router."), state["router"])
+        self._set_layer(RoutedLayer(found, made[0], made[1:]))

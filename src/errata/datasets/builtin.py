@@ -27,11 +27,14 @@ class ParaphraseSet:
     Attributes:
         prompt: the wording an edit would use; paraphrases: other wordings of it.
         neighbours: the same relation asked of other subjects, which the edit must leave alone.
+        subject: what the question is about, in its own words; beside: other questions about it.
     """
 
     prompt: str
     paraphrases: tuple[str, ...]
     neighbours: tuple[str, ...]
+    subject: str
+    beside: tuple[str, ...]
 
 
 def plain_texts(count: int, seed: int = 0) -> list[str]:
@@ -100,6 +103,8 @@ def paraphrase_sets(count: int, seed: int = 0, paraphrases: int = 3, neighbours:
                 world.say(fact, 0).prompt,
                 tuple(world.say(fact, i).prompt for i in rng.sample(wordings, min(paraphrases, len(wordings)))),
                 tuple(world.say(other, rng.choice((0, rng.choice(wordings)))).prompt for other in beside),
+                fact.subject,
+                tuple(world.say(other, 0).prompt for other in world.by_subject[fact.subject] if other != fact),
             )
         )
     return sets

@@ -16,8 +16,11 @@ GROUP = "errata.editors"
 # Targets are imported when asked for, so listing the names costs nothing.
 _BUILT_IN: dict[str, str] = {
     "ft": "errata.editors.ft:FineTune",
+    "grace": "errata.editors.grace:Grace",
+    "melo": "errata.editors.melo:Melo",
     "memoir": "errata.editors.memoir:Memoir",
     "rome": "errata.editors.rome:Rome",
+    "wise": "errata.editors.wise:Wise",
 }
 
 
