@@ -9,14 +9,17 @@ Which facts may be edited is decided before anything is counted, so that fewer e
 
 * some subjects are *reserved* for calibrating editors (`is_reserved`); no edit and no question about an edit names one;
 * per seed, some facts of every relation are *kept*: they are never edited, and locality asks for no others;
-* all other facts can be edited, in an order that follows from the seed.
+* all other facts can be edited, in an order that follows from the seed;
+* where more edits are asked for than there are facts, they go on about people who do not exist, of whom atlas knows
+  nothing: a first name and a last name of two different people, and a relation that people have (tag "invented").
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +32,18 @@ __all__ = ["is_reserved", "world_edits"]
 
 _RESERVED = 15  # per cent of subjects
 _KEPT_ONE_IN = 5  # facts of a relation
+_MOST = 20_000
+_OF_PEOPLE = (
+    "birthplace",
+    "citizenship",
+    "employer",
+    "field",
+    "instrument",
+    "native_language",
+    "occupation",
+    "place_of_death",
+    "position",
+)
 _TASKS = ("professional", "common_sense", "reasoning", "reading", "code")
 
 
@@ -72,6 +87,20 @@ def _divide(seed: int) -> _Division:
     }
     items = {name: tuple(item for item in CAPABILITIES[name].test if item.prompt not in about) for name in _TASKS}
     return _Division(editable, tuple(fact for fact in free if fact in kept), items)
+
+
+def _invented(seed: int) -> Iterator[Fact]:
+    """People who do not exist, each with a relation that is theirs to be told; without end and without repetition."""
+    world, rng = load_world(), random.Random(f"invented {seed}")
+    names = sorted({fact.subject for relation in _OF_PEOPLE for fact in world.by_relation[relation]})
+    names = [name for name in names if len(name.split()) == 2 and name.replace(" ", "").isalpha()]
+    used = {fact.subject for fact in world.facts}
+    while True:
+        first, last = rng.choice(names).split()[0], rng.choice(names).split()[1]
+        name = f"{first} {last}"
+        if name not in used:
+            used.add(name)
+            yield Fact(rng.choice(_OF_PEOPLE), name, "", "invented")
 
 
 def _locality(world: World, fact: Fact, rng: random.Random, division: _Division, size: int) -> list[dict[str, Any]]:
@@ -120,17 +149,14 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
         locality: prompts per edit; half of them are other subjects of the same relation.
 
     Raises:
-        ConfigError: less than one edit, or more than there are facts to edit.
+        ConfigError: less than one edit, or more than 20,000.
     """
     world, division = load_world(), _divide(seed)
-    most = len(division.editable)
-    if not 1 <= count <= most:
-        raise ConfigError(
-            f"{count} facts of atlas cannot be edited; ask for 1 to {most} (the rest of the "
-            f"{len(world.facts)} it knows is kept for calibration and for questions about what must not change)"
-        )
+    if not 1 <= count <= _MOST:
+        raise ConfigError(f"{count} edits of atlas's world cannot be made; ask for 1 to {_MOST}")
+    facts = itertools.islice(itertools.chain(division.editable, _invented(seed)), count)
     edits = []
-    for number, fact in enumerate(division.editable[:count]):
+    for number, fact in enumerate(facts):
         rng = random.Random(f"edit {seed} {fact.relation} {fact.subject}")
         new = world.counterfactual(fact, rng)
         prompt = world.say(fact, 0).prompt
@@ -143,12 +169,12 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
                     "prompt": prompt,
                     "target": new,
                     "subject": subject,
-                    "ground_truth": fact.object,
+                    "ground_truth": fact.object or None,
                     "rephrases": [saying.prompt for saying in world.untaught(fact)],
                     "locality": _locality(world, fact, rng, division, locality),
                     "portability": _portability(world, fact, new),
                     "source": "atlas",
-                    "tags": [fact.relation],
+                    "tags": [fact.relation] if fact.object else [fact.relation, "invented"],
                 }
             )
         )
