@@ -47,6 +47,22 @@ ZSRE = {
     "cond": "c",
 }
 
+WIKIBIO = {
+    "prompt": "This is a Wikipedia passage about ann x. Ann X (born 1969) is a singer.",
+    "target_new": "She was the first from Michigan.",
+    "subject": "ann x",
+    "locality_prompt": "Looking for an antique map, historica",
+    "locality_ground_truth": "l print or plan?",
+}
+TEMPORAL = {
+    "prompt": "SpaceX is",
+    "target_new": "a private company.",
+    "subject": "SpaceX is",
+    "ood_rephrase": "SpaceX, officially\nknown as Space Exploration.",
+    "locality_prompt": "Fantasia Coverage",
+    "locality_ground_truth": "",
+}
+
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
@@ -54,7 +70,13 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_each_form_is_recognised_by_its_content(tmp_path: Path) -> None:
-    forms = {"CounterFact": [FLAT, FULL], "ZsRE": [ZSRE], "errata JSONL": [{"prompt": "p", "target": "t"}]}
+    forms = {
+        "CounterFact": [FLAT, FULL],
+        "ZsRE": [ZSRE],
+        "errata JSONL": [{"prompt": "p", "target": "t"}],
+        "WikiBio hallucinations": [WIKIBIO],
+        "Temporal": [TEMPORAL],
+    }
     for name, records in forms.items():
         for number, record in enumerate(records):
             other = record | {"case_id": 4, "subject": "Eve"}
@@ -85,6 +107,19 @@ def test_the_fields_of_zsre_follow_the_protocol_of_wise(tmp_path: Path) -> None:
     assert (edit.prompt, edit.target, edit.ground_truth) == ("When was X made?", "2006", "1998")
     assert edit.locality[0].prompt == "nq question: who sang it"
     assert edit.extra["pred"] == "2011"
+
+
+def test_the_fields_of_wises_long_texts_land_where_they_belong(tmp_path: Path) -> None:
+    bio, temporal = (read_edits(write(tmp_path / "x.json", json.dumps([r]))).edits[0] for r in (WIKIBIO, TEMPORAL))
+    assert (bio.prompt, bio.target, bio.subject) == (WIKIBIO["prompt"], WIKIBIO["target_new"], "ann x")
+    assert (bio.locality[0].answer, bio.locality[0].kind, bio.rephrases) == ("l print or plan?", "unrelated", ())
+    assert (temporal.prompt, temporal.target, temporal.locality[0].answer) == ("SpaceX is", "a private company.", None)
+    (probe,) = temporal.portability
+    assert (probe.prompt, probe.answer) == ("SpaceX, officially", "known as Space Exploration.")
+    assert probe.kind == "out_of_distribution"
+    short = write(tmp_path / "short.json", json.dumps([TEMPORAL | {"ood_rephrase": "SpaceX grows"}]))
+    with pytest.raises(FormatError, match=r"ood_rephrase.*no more words than the prompt"):
+        read_edits(short)
 
 
 LINES = [
@@ -118,7 +153,7 @@ def test_a_list_that_breaks_off_gives_what_stands_before(tmp_path: Path) -> None
 
 
 # A sound header, and a stream that is none.
-BROKEN_GZIP = gzip.compress(b"x")[:10] + b"\xff" * 20
+BROKEN_GZIP = gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -230,6 +265,9 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         ("counterfact/counterfact-val.json", "CounterFact", 1350),
         ("counterfact/counterfact_portability_gpt4.json", "CounterFact", 723),
         ("counterfact/evoke_main.json.gz", "CounterFact", 723),
+        ("hallucination/hallucination-edit.json", "WikiBio hallucinations", 600),
+        ("hallucination/hallucination-train.json", "WikiBio hallucinations", 306),
+        ("temporal/temporal-edit.json", "Temporal", 75),
         ("zsre/zsre_mend_eval_portability_gpt4.json", "ZsRE", 727),
         ("zsre/zsre_mend_train_1k.json", "ZsRE", 699),
         ("zsre/zsre_wise_edit_1000.json", "ZsRE", 702),

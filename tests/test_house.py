@@ -25,7 +25,7 @@ FLOORS = {
     "adapters": 3,
     "editors": 4,
     "testing": 5, "evaluation": 5,
-    "benchmarks": 6,
+    "benchmarks": 6, "studies": 6,
     "cli": 7,
 }  # fmt: skip
 BESIDE = {"atlas", "__init__", "__main__"}

@@ -93,7 +93,9 @@ def atlas_info(
 ModelName = Annotated[str, typer.Option("--model", help="A folder, a Hugging Face hub id, or atlas.")]
 Device = Annotated[str | None, typer.Option(help="Where to load the model: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; float32 on a CPU if not given.")]
-EditsFile = Annotated[Path, typer.Option("--edits", help="errata JSONL, CounterFact JSON or ZsRE JSON; .gz too.")]
+EditsFile = Annotated[
+    Path, typer.Option("--edits", help="errata JSONL, or JSON of CounterFact, ZsRE, WikiBio, Temporal; .gz too.")
+]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N edits.", min=1)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that does not fit.")]
 Setting = Annotated[
@@ -247,13 +249,59 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 @guarded()
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: tail.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: batch, overhead, routing or tail.")],
+    figure: Annotated[Path | None, typer.Option(help="Where its figure goes, .png or .svg, if it has one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one benchmark: ratios against a baseline measured in the same run."""
     from errata.cli.measuring import bench as run
 
-    run(name, as_json)
+    run(name, figure, as_json)
+
+
+@app.command()
+@guarded(kept="finished rows are kept, and the same command goes on with the others")
+def study(
+    name: Annotated[str | None, typer.Argument(help="The study; without one, or with --list, what there is.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="What each study asks, and how long it takes.")] = False,
+    model: ModelName = "atlas",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the study, errata-study-NAME if not given; one found there is gone on with."),
+    ] = None,
+    edits: Annotated[
+        int | None, typer.Option(help="How many edits, in place of the study's own number.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which of atlas's facts, and in which order.")] = 0,
+    methods: Annotated[
+        str | None, typer.Option(help="For studies that compare methods: which, with commas between them.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of one method: method.name=value.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File of edits; needed on any model but atlas, and by hallucination and temporal."),
+    ] = None,
+    words: Annotated[
+        int,
+        typer.Option(help="hallucination and temporal: cut texts behind prompts to N words; 0 cuts nothing.", min=0),
+    ] = 40,
+    quick: Annotated[bool, typer.Option("--quick", help="A handful of edits, to see that all of it runs.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one of the papers' experiments: a table, a figure, and what was found. Resumable after a kill."""
+    from errata.cli.studying import catalogue
+    from errata.cli.studying import study as run
+
+    if listing or name is None:
+        catalogue(as_json)
+    else:
+        run(
+            name, model, out, edits, seed, methods, settings or [], data, words, quick, device, dtype, as_json
+        )  # fmt: skip
 
 
 @app.command()

@@ -217,14 +217,21 @@ def compare(
     emit(record, as_json, words)
 
 
-def bench(name: str, as_json: bool) -> None:
+def bench(name: str, figure: Path | None, as_json: bool) -> None:
     from errata.benchmarks import benchmark
     from errata.cli.common import quiet
+    from errata.evaluation.figures import save_figure
 
     run = benchmark(name)
     quiet()
     with progress_bar() as progress:
         result = {"name": name, **run(progress)}
+    drawn = result.pop("figure", None)
+    if figure is not None:
+        if drawn is None:
+            log(f"the benchmark {name} draws no figure; {figure} is not written")
+        else:
+            save_figure(drawn, figure)
 
     def words() -> None:
         for ratio, value in result["ratios"].items():

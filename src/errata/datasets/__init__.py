@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from errata.datasets import counterfact, plain, zsre
+from errata.datasets import counterfact, plain, temporal, wikibio, zsre
 from errata.datasets.reading import Record, iterate_records
 from errata.edit import Edit, FieldProblem
 from errata.errors import FormatError
 
 __all__ = ["EditFile", "read_edits", "write_edits"]
 
-_READERS: tuple[ModuleType, ...] = (zsre, counterfact, plain)
+# Asked in this order: records of the first two would pass for flat CounterFact.
+_READERS: tuple[ModuleType, ...] = (temporal, wikibio, zsre, counterfact, plain)
 
 
 @dataclass
@@ -67,7 +68,8 @@ def _named_once(path: Path, line: int, edit: Edit, seen: dict[str, tuple[int, Ed
 
 
 def read_edits(path: str | Path, *, limit: int | None = None, strict: bool = False) -> EditFile:
-    """Read a file of edits: errata JSONL, CounterFact JSON (full or flat) or ZsRE JSON (MEND form), `.gz` too.
+    """Read a file of edits, `.gz` too: errata JSONL, CounterFact (full or flat), ZsRE (MEND form), and WISE's WikiBio
+    hallucinations and Temporal set.
 
     Every edit of a file has an id of its own. A record that repeats an earlier one in everything is left out, and so is
     one whose given id belongs to an earlier edit; both are reported. Records without an id that agree in prompt, target

@@ -1,4 +1,4 @@
-"""What the readers share: taking a field that must be there, and the one-hop portability question."""
+"""What the readers share: taking a field that must be there, and questions that several files hold alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from errata.edit import FieldProblem
 
-__all__ = ["one_hop", "required"]
+__all__ = ["cut_off", "one_hop", "required"]
 
 T = TypeVar("T")
 
@@ -31,3 +31,11 @@ def one_hop(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"prompt": hop["New Question"], "answer": required(hop, "New Answer", str, "portability."), "kind": "one_hop"}
     ]
+
+
+def cut_off(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The locality probe of WISE's files of long texts: unrelated text that breaks off, and how it goes on."""
+    prompt = record.get("locality_prompt")
+    if not prompt:
+        return []
+    return [{"prompt": prompt, "answer": record.get("locality_ground_truth") or None, "kind": "unrelated"}]

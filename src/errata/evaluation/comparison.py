@@ -7,10 +7,8 @@ is made again.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from errata.evaluation.figures import comparison_figure, save_figure
 from errata.evaluation.metrics import finite_or_none
 from errata.evaluation.protocol import Examination, Result, run_sequence
 from errata.evaluation.provenance import run_provenance
+from errata.evaluation.rows import RowFile, digest, write_json
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
@@ -80,7 +79,8 @@ class Comparison:
         }
         self.provenance = run_provenance(model, {name: config.to_record() for name, config in self.configs.items()})
         self.examination = Examination(model, self.edits, max_new_tokens)
-        self._head_path, self._rows_path = folder / "comparison.json", folder / "rows.jsonl"
+        self._head_path = folder / "comparison.json"
+        self._rows = RowFile(folder / "rows.jsonl", {"method", "of", "baseline", "edits"})
 
     def _reachable(self, checkpoints: Sequence[int], most: int) -> list[int]:
         if not checkpoints or min(checkpoints) < 1 or not most:
@@ -102,21 +102,21 @@ class Comparison:
             **made,
             "device": self.model.device.type,
             "max_new_tokens": self.examination.max_new_tokens,
-            "texts": _digest("\x1f".join(self.texts)),
+            "texts": digest("\x1f".join(self.texts)),
         }
 
     def _open(self) -> list[dict[str, Any]]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = self._read_rows()
+        rows = self._rows.read()
         head = self._checked_head({row["of"] for row in rows})
-        mine = [_digest(edit.to_json()) for edit in self.edits]
+        mine = [digest(edit.to_json()) for edit in self.edits]
         edits = max(head["edits"], mine, key=len)
         record = {
             "identity": self._identity(),
             "provenance": {**self.provenance, "settings": {**head["settings"], **self.provenance["settings"]}},
             "edits": edits,
         }
-        _write_json(self._head_path, record)
+        write_json(self._head_path, record)
         return rows
 
     def _checked_head(self, methods: set[str]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Comparison:
         mine = self._identity()
         differs = [f"{k} {identity.get(k)!r}, now {v!r}" for k, v in mine.items() if identity.get(k) != v]
         shared = min(len(edits), len(self.edits))
-        if edits[:shared] != [_digest(edit.to_json()) for edit in self.edits[:shared]]:
+        if edits[:shared] != [digest(edit.to_json()) for edit in self.edits[:shared]]:
             differs.append("the edits")
         if differs:
             raise ConfigError(
@@ -148,32 +148,6 @@ class Comparison:
                     f"{self.folder} holds rows made with other settings of {method}; give another --out, or delete it"
                 )
         return {"edits": edits, "settings": settings}
-
-    def _read_rows(self) -> list[dict[str, Any]]:
-        if not self._rows_path.exists():
-            return []
-        raw = self._rows_path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):  # killed while it was being written: that row is made again
-            with open(self._rows_path, "r+b") as rows_file:
-                rows_file.truncate(whole)
-        rows = []
-        for number, line in enumerate(raw[:whole].split(b"\n")[:-1], start=1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict) or not {"method", "of", "baseline", "edits"} <= row.keys():
-                    raise ValueError("it is not a row")
-            except ValueError as error:
-                raise ArtifactError(
-                    f"{self._rows_path}:{number} is damaged ({error}); delete this line and run again"
-                ) from error
-            rows.append(row)
-        return rows
-
-    def _note(self, row: dict[str, Any]) -> dict[str, Any]:
-        with open(self._rows_path, "a", encoding="utf-8", newline="\n") as out:
-            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        return row
 
     # --- the runs -----------------------------------------------------------------------------------------------
 
@@ -206,7 +180,7 @@ class Comparison:
         perplexity = finite_or_none(self.model.perplexity(self.texts)) if self.texts else None
         for count in missing:
             row = {"method": "unedited", "of": "unedited", "baseline": True, **Result(asked[:count]).to_record()}
-            yield self._note({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
+            yield self._rows.append({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
 
     def _method(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
         missing = [c for c in self.checkpoints if (method, c) not in done]
@@ -226,8 +200,8 @@ class Comparison:
                 editor.adapter.save_pretrained(place / f"adapter-{after['done']}")
                 row = {"method": method, "of": method, "baseline": False, **checkpoint.to_record()}
                 if (method, checkpoint.edits) not in done:
-                    yield self._note({**row, "memory_version": editor.adapter.memory_version})
-                _write_json(place / "state.json", after)
+                    yield self._rows.append({**row, "memory_version": editor.adapter.memory_version})
+                write_json(place / "state.json", after)
         finally:
             editor.adapter.detach()
 
@@ -255,23 +229,12 @@ class Comparison:
                 control = random_control(adapter, self.examination, self.texts, progress=progress)
             finally:
                 adapter.detach()
-            yield self._note(self._control_row(control.to_record(), method))
+            yield self._rows.append(self._control_row(control.to_record(), method))
         if (no_op, last) not in done:
             editor: Editor[Any] = editor_class(method)(self.model, self.configs[method])
             control = no_op_control(editor, self.examination, self.texts, progress)
-            yield self._note(self._control_row(control.to_record(), method))
+            yield self._rows.append(self._control_row(control.to_record(), method))
 
     def _control_row(self, record: dict[str, Any], method: str) -> dict[str, Any]:
         name, last = record.pop("name"), self.checkpoints[-1]
         return {"method": name, "of": method, "baseline": True, **record, "edits": last, "seconds_per_edit": 0.0}
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """All or nothing: a draft takes the file's place."""
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)

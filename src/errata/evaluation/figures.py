@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "comparison_figure", "retention_figure", "save_figure", "scores_figure", "svg"]
+__all__ = ["COLOURS", "comparison_figure", "retention_figure", "save_figure", "scores_figure", "styled_figure", "svg"]
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def styled_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many inches in the common style, and its axes row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -59,7 +60,7 @@ def scores_figure(after: Mapping[str, Mapping[str, Any]], before: Mapping[str, M
         for name in ("reliability", "generalization", "locality", "portability")
         if after[name]["generated"] is not None
     ]
-    figure, (axes,) = _figure(7.5, 3.6)
+    figure, (axes,) = styled_figure(7.5, 3.6)
     width = 0.26
     bars = (
         ("unedited, generated", before, "generated", "#999999"),
@@ -83,7 +84,7 @@ def scores_figure(after: Mapping[str, Mapping[str, Any]], before: Mapping[str, M
 
 def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Left: success over the run, right after each edit and after all of them. Right: success by age at the end."""
-    figure, (over, age) = _figure(7.5, 3.2, 1, 2)
+    figure, (over, age) = styled_figure(7.5, 3.2, 1, 2)
     counts = [row["edits"] for row in rows]
     at_once = [_number(row["immediate"]["reliability"]["generated"]) for row in rows]
     finally_ = [_number(row["reliability"]["generated"]) for row in rows]
@@ -105,7 +106,7 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each method over the number of sequential edits: three properties, and perplexity of held-out text."""
     methods = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
     unedited = [row for row in rows if row["method"] == "unedited"]
-    figure, axes = _figure(9.0, 6.4, 2, 2)
+    figure, axes = styled_figure(9.0, 6.4, 2, 2)
     titles = ("reliability", "generalization", "locality", "perplexity")
     subtitles = ("the edited prompt", "wordings never shown", "other prompts unchanged", "held-out text, log scale")
     for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
