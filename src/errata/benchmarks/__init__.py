@@ -1,7 +1,7 @@
 """`errata bench NAME`: ratios measured in one run, on users' machines too.
 
-A benchmark is a function that returns `{"ratios": {...}, "rows": [...]}`; what it is slower or faster than is always
-measured beside it, in the same process.
+A benchmark is a function that returns `{"ratios": {...}, "rows": [...]}`, and a `"figure"` if it draws one; what it is
+slower or faster than is always measured beside it, in the same process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from errata.progress import Progress
 
 __all__ = ["benchmark", "benchmark_names"]
 
-_BENCHMARKS = {"tail": "errata.benchmarks.tail:run"}
+_BENCHMARKS = {
+    "batch": "errata.benchmarks.batch:run",
+    "overhead": "errata.benchmarks.overhead:run",
+    "routing": "errata.benchmarks.routing:run",
+    "tail": "errata.benchmarks.tail:run",
+}
 
 
 def benchmark_names() -> list[str]:
