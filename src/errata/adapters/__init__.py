@@ -6,6 +6,7 @@ from errata.adapters.delta import DeltaAdapter, WeightChange
 from errata.adapters.keyed import KeyedAdapter
 from errata.adapters.memories import ColumnMemory, Memory
 from errata.adapters.routed import RoutedAdapter, RoutedLayer
+from errata.adapters.sides import WiseAdapter
 
 __all__ = [
     "Adapter",
@@ -22,4 +23,5 @@ __all__ = [
     "RoutedAdapter",
     "RoutedLayer",
     "WeightChange",
+    "WiseAdapter",
 ]
