@@ -364,7 +364,7 @@ def test_sweeps_of_the_other_routed_methods(run: Callable[..., StudyResult], nam
     varied = {
         "wise-masks": [(0.2, 2, 3), (0.2, 3, 2), (0.5, 2, 3), (0.5, 3, 2)],
         "wise-merging": [("ties", 2), ("sign", 2)],
-        "wise-margins": [(True, 2), (False, 2)],
+        "wise-margins": [(True, 4), (False, 4)],  # one shard, as derived settings have it
         "grace-radius": [(row.get("radius"),) for row in found.rows],
     }
     names = {
