@@ -23,7 +23,7 @@ def test_the_python_quickstart_runs_and_says_what_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks(README, "python")
+    snippet = "\n".join(blocks(README, "python"))  # they build on one another
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     promised = [line.split("# ", 1)[1] for line in snippet.splitlines() if line.startswith("print(") and "# " in line]
