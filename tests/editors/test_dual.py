@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errata.editors.dual import Descent, Space, compressed, descend
+from errata.editors.dual import Descended, Descent, Space, compressed, descend
 from errata.errors import NumericsError
 from errata.model import EditableModel
 from errata.model.answer_tail import AnswerTail
@@ -47,14 +47,21 @@ class Task:
         self,
         spaces: Sequence[Space | None] | dict[int, list[Space | None]],
         settings: Descent,
-        begin: Tensor | None = None,
     ) -> tuple[Tensor, list[int], list[bool]]:
+        found = self.descended(spaces, settings)
+        return found.factors[LAYER], found.steps.tolist(), found.done.tolist()
+
+    def descended(
+        self,
+        spaces: Sequence[Space | None] | dict[int, list[Space | None]],
+        settings: Descent,
+        begin: Descended | None = None,
+        until: float = 1.0,
+    ) -> Descended:
         per_layer = spaces if isinstance(spaces, dict) else {LAYER: spaces}
-        started = None if begin is None else {LAYER: begin}
-        factors, steps, done = descend(
-            self.tail, self.recording, per_layer, self.owner, self.places, self.labels, settings, started
+        return descend(
+            self.tail, self.recording, per_layer, self.owner, self.places, self.labels, settings, begin, until
         )
-        return factors[LAYER], steps.tolist(), done.tolist()
 
 
 def task(
@@ -238,14 +245,14 @@ def test_an_edit_is_trained_in_the_layers_where_it_has_a_space() -> None:
     here = [Space.of(given.keys(0, columns), columns, torch.zeros(OUTPUTS, MARKED), None, 1.0), None]
     there = [None, Space.of(given.keys(1, columns, 2), columns, torch.zeros(OUTPUTS, MARKED), None, 1.0)]
     settings = replace(PLAIN, steps=3)
-    factors, _, _ = descend(
+    factors = descend(
         given.tail, given.recording, {1: here, 2: there}, given.owner, given.places, given.labels, settings
-    )
+    ).factors
     assert [bool(own.any()) for own in factors[1]] == [True, False]
     assert [bool(own.any()) for own in factors[2]] == [False, True]
-    alone, _, _ = descend(
+    alone = descend(
         given.tail, given.recording, {1: here, 2: [None, None]}, given.owner, given.places, given.labels, settings
-    )
+    ).factors
     assert alone.keys() == {1}
     assert relative(factors[1][0], alone[1][0]) < 1e-4
 
@@ -253,12 +260,31 @@ def test_an_edit_is_trained_in_the_layers_where_it_has_a_space() -> None:
 def test_training_goes_on_where_it_was_left() -> None:
     given = task(tiny_model("llama"))
     spaces = [space(given, number, number) for number in range(3)]
-    whole, _, _ = given.descend(spaces, PLAIN)
-    begun, _, _ = given.descend(spaces, replace(PLAIN, steps=4))
-    finished, steps, _ = given.descend(spaces, replace(PLAIN, steps=PLAIN.steps - 4), begun)
-    assert steps == [PLAIN.steps - 4] * 3
-    assert relative(finished, whole) < 1e-4
-    assert relative(begun, whole) > 1e-2
+    whole, begun = given.descended(spaces, PLAIN), given.descended(spaces, replace(PLAIN, steps=4))
+    finished = given.descended(spaces, PLAIN, begun)
+    assert begun.steps.tolist() == [4] * 3
+    assert finished.steps.tolist() == whole.steps.tolist() == [PLAIN.steps] * 3
+    assert relative(finished.factors[LAYER], whole.factors[LAYER]) < 1e-4
+    assert relative(begun.factors[LAYER], whole.factors[LAYER]) > 1e-2
+
+
+def test_edits_that_are_done_may_leave_the_others() -> None:
+    """Those that go on, in a smaller batch, end where they would have."""
+    given = task(tiny_model("llama"))
+    spaces = [space(given, number, number) for number in range(3)]
+    settings = replace(PLAIN, steps=30, clip_norm=1.0, learning_rate=3.0, stop_loss=2.5, stop_change=1.0)
+    together = given.descended(spaces, settings)
+    first = given.descended(spaces, settings, until=0.3)
+    assert int(first.done.sum()) == 1
+    stay = (~first.done).nonzero().squeeze(1).tolist()
+    rest = task(given.tail.model, stay)
+    rows = ~first.done[given.owner]
+    recording = given.tail.narrowed(given.recording, rows)
+    assert recording is not None
+    for smaller in (rest, replace(rest, recording=recording, places=given.places[rows])):
+        finished = smaller.descended([spaces[number] for number in stay], settings, first.waiting)
+        assert finished.steps.tolist() == together.steps[stay].tolist()
+        assert relative(finished.factors[LAYER], together.factors[LAYER][stay]) < 1e-2
 
 
 def test_the_published_loss_counts_one_answer_token_more() -> None:

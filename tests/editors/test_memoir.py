@@ -604,9 +604,9 @@ def test_the_published_loss_and_decay_are_used(
 ) -> None:
     used, descend = [], memoir.descend
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **settings: Any) -> Any:
         used.extend(one for one in arguments if isinstance(one, Descent))
-        return descend(*arguments)
+        return descend(*arguments, **settings)
 
     monkeypatch.setattr(memoir, "descend", watched)
     editor = Memoir(tiny_model("llama"), compat=compat, steps=20, weight_decay=1e-3, threshold=0.6)

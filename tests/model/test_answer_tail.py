@@ -74,6 +74,64 @@ def test_answers_alone_equal_whole_rows(family: str) -> None:
             assert float((found - everywhere).abs().max()) > 1e-2 * scale
 
 
+SHARING = (
+    "Ann met Bob and Zed near Rome. The capital of France is",
+    "Ann met Bob and Zed near Rome. Bob wrote",
+    "Ann met Bob and Zed near Rome. x",
+    "Bob plays the piano",
+    "Zed was born in the capital of France, but Ann was born",
+    "Zed was born in the capital of France, but Bob met Ann where she wrote",
+)
+SLIDING = {"gemma2", "gemma3"}  # a window over the cache would count the padding that is left in its middle
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_what_rows_begin_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    tail, full = AnswerTail(model, LAYER), Tail(model, LAYER, full=True)
+    batch = model.batch([model.passage(prompt, "Rome Paris") for prompt in SHARING], side="right")
+    read: list[Tensor] = []
+    reading = AnswerTail._read
+    monkeypatch.setattr(AnswerTail, "_read", lambda self, ids, *rest: (read.append(ids), reading(self, ids, *rest))[1])
+    for _ in range(2):  # the first time it is tried, the second time it is known
+        read.clear()
+        recording = tail.record(batch)
+        found = logits(tail, recording, weight_of(0))
+        expected = logits(full, full.record(batch), weight_of(0), answering(batch))
+        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    if family in SLIDING:
+        assert [len(ids) for ids in read] == [len(SHARING)]
+    else:
+        assert [len(ids) for ids in read] == [2, len(SHARING)]
+        assert sum(ids.numel() for ids in read) < 0.8 * len(SHARING) * int(batch.prompt_lengths.max())
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_some_rows_of_a_recording_are_as_they_were(family: str) -> None:
+    model = tiny_model(family)
+    batch = model.batch([model.passage(prompt, "Rome Paris") for prompt in SHARING[:5]], side="right")
+    kept = torch.tensor([True, False, True, False, True])
+    for tail in (AnswerTail(model, LAYER), Tail(model, LAYER)):
+        whole = tail.record(batch)
+        part = tail.narrowed(whole, kept)
+        assert part is not None
+        rows, columns, tokens = whole.batch.answer_places()
+        places = answering(whole.batch)
+        expected = tail.run(whole, change_of(weight_of(0), places), rows, columns)[kept[rows]]
+        assert torch.equal(part.batch.answer_places()[2], tokens[kept[rows]])
+        found = logits(tail, part, weight_of(0), places[kept])
+        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_a_recording_beside_other_adapters_is_not_narrowed() -> None:
+    """Whose routes the rows took is not told by shapes."""
+    model = tiny_model("llama")
+    FineTune(model, layers=(2,), steps=1)
+    tail = Tail(model, LAYER)
+    recording = tail.record(model.batch(passages(model, "short"), side="right"))
+    assert tail.narrowed(recording, torch.tensor([True, False, True])) is None
+
+
 @pytest.mark.parametrize("family", ["t5", "flan_t5"])
 def test_encoder_decoders_are_recorded_whole(family: str) -> None:
     model = tiny_model(family)
@@ -136,9 +194,9 @@ def test_a_model_that_answers_otherwise_alone_is_recorded_whole(monkeypatch: pyt
     begun = AnswerTail._begun
     tried = []
 
-    def other(self: AnswerTail, batch: TokenBatch) -> TokenBatch | None:
+    def other(self: AnswerTail, batch: TokenBatch, leads: Any = None) -> TokenBatch | None:
         tried.append(batch)
-        answers = begun(self, batch)
+        answers = begun(self, batch, leads)
         assert answers is not None
         answers.ids[:, 0] = 5  # as if another token had ended the prompts
         return answers

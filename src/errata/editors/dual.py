@@ -31,7 +31,7 @@ from torch import Tensor
 from errata.errors import NumericsError
 from errata.model.tail import Recording, Tail
 
-__all__ = ["Descent", "Space", "compressed", "descend"]
+__all__ = ["Descended", "Descent", "Space", "compressed", "descend"]
 
 _NEGLIGIBLE = 1e-6  # share of the largest eigenvalue, or of a change's energy, that is rounding
 
@@ -52,6 +52,28 @@ class Descent:
     stop_loss: float
     stop_change: float
     extra_label: bool = False
+
+
+@dataclass(frozen=True)
+class Descended:
+    """How far descent has come.
+
+    Attributes:
+        factors: B per layer, [edits, outputs, r] with columns of zeros beyond an edit's own rank.
+        losses: [edits], before the last step; steps: [edits], taken; done: [edits].
+    """
+
+    factors: dict[int, Tensor]
+    losses: Tensor
+    steps: Tensor
+    done: Tensor
+
+    @property
+    def waiting(self) -> Descended:
+        """Of the edits that are not done."""
+        on = ~self.done
+        factors = {layer: own[on] for layer, own in self.factors.items()}
+        return Descended(factors, self.losses[on], self.steps[on], self.done[on])
 
 
 @dataclass(frozen=True)
@@ -132,8 +154,9 @@ def descend(
     places: Tensor,
     labels: tuple[Tensor, Tensor, Tensor],
     settings: Descent,
-    begin: Mapping[int, Tensor] | None = None,
-) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    begin: Descended | None = None,
+    until: float = 1.0,
+) -> Descended:
     """Gradient descent on all edits side by side, each on its own loss and each until it is done.
 
     The loss of an edit is the mean over its rows of the mean cross-entropy of the row's labels.
@@ -142,11 +165,8 @@ def descend(
         spaces: per layer, per edit; owner: [rows], the edit that each row of the recording belongs to.
         places: [rows, columns], True where the memory acts.
         labels: rows and columns whose prediction is asked for, and the tokens it should be, [n] each.
-        begin: factors to go on from, per layer [edits, outputs, r].
-
-    Returns:
-        Factors B per layer, [edits, outputs, r] with columns of zeros beyond an edit's own rank; steps taken, [edits];
-        which edits are done, [edits].
+        begin: what to go on from; its steps count.
+        until: come back once this share of the edits is done, so that the others can go on in a smaller batch.
 
     Raises:
         NumericsError: a loss is not finite.
@@ -157,10 +177,6 @@ def descend(
         for layer, own in spaces.items()
         if any(space is not None for space in own)
     }
-    if begin is not None:
-        with torch.no_grad():
-            for layer, change in changes.items():
-                change.factors += begin[layer].to(change.factors.device)[:, :, : change.factors.shape[2]]
     rows, columns, wanted = labels
     owner, device = owner.to(rows.device), rows.device
     per_row = torch.bincount(rows, minlength=len(recording.batch.ids)).float() + settings.extra_label
@@ -170,9 +186,14 @@ def descend(
     before = torch.full((edits,), torch.inf, device=device)
     steps = torch.zeros(edits, dtype=torch.long, device=device)
     done = torch.zeros(edits, dtype=torch.bool, device=device)
+    if begin is not None:
+        before, steps = begin.losses.to(device), begin.steps.to(device)
+        with torch.no_grad():
+            for layer, change in changes.items():
+                change.factors += begin.factors[layer].to(change.factors.device)[:, :, : change.factors.shape[2]]
     given: Mapping[int, Callable[[Tensor], Tensor]] = changes
     factors = [change.factors for change in changes.values()]
-    for _ in range(settings.steps):
+    for _ in range(settings.steps - int(steps.max())):
         logits = tail.run(recording, given, rows, columns)
         losses = F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").to(device)
         loss = torch.zeros(edits, device=device).index_add(0, whose, losses * weight)
@@ -180,7 +201,7 @@ def descend(
         if not bool(now.isfinite().all()):
             raise NumericsError("the edit's loss is not finite; lower the learning rate")
         done = done | ((now <= settings.stop_loss) & ((before - now).abs() <= settings.stop_change))
-        if bool(done.all()):
+        if int(done.sum()) >= until * edits:
             break
         before = now
         gradients = torch.autograd.grad(loss.sum(), factors)
@@ -189,8 +210,9 @@ def descend(
             size = settings.learning_rate * (settings.clip_norm / (norms + 1e-6)).clamp(max=1.0) * ~done
             for factor, gradient in zip(factors, gradients, strict=True):
                 factor -= size.to(factor.device)[:, None, None] * gradient
-        steps += ~done
-    return {layer: change.factors.detach().cpu() for layer, change in changes.items()}, steps.cpu(), done.cpu()
+        steps = steps + ~done
+    found = {layer: change.factors.detach().cpu() for layer, change in changes.items()}
+    return Descended(found, before.cpu(), steps.cpu(), done.cpu())
 
 
 def compressed(factors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

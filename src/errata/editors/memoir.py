@@ -84,7 +84,7 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
 }
 _PUBLISHED_SHARE = 4096 / 14336  # k/D on Llama-3-8B
 _FORMAT = 3  # of what `prepare` keeps
-_ROUND = 12  # steps after which the edits of a batch that are done leave it
+_ROUND = 0.5  # share of a batch's edits after which those that are done leave it
 # What the published code does; `compat="reference"` takes these for settings that are left at their defaults.
 _REFERENCE: dict[str, Any] = {
     "acts": "all",
@@ -249,6 +249,25 @@ class _Recorded:
     acts: Tensor
     trained: Tensor
     labels: tuple[Tensor, Tensor, Tensor]
+
+    def of_edits(self, kept: Tensor) -> _Recorded | None:
+        """The rows of some of the edits, kept [edits] bool; None where they must be recorded anew."""
+        rows = kept[self.owner]
+        recording = self.tail.narrowed(self.recording, rows)
+        if recording is None:
+            return None
+        numbers = kept.long().cumsum(0) - 1
+        places, columns, wanted = self.labels
+        there = rows.to(places.device)
+        mine = there[places]
+        return _Recorded(
+            self.tail,
+            recording,
+            numbers[self.owner[rows]],
+            self.acts[there],
+            self.trained[there],
+            ((there.long().cumsum(0) - 1)[places[mine]], columns[mine], wanted[mine]),
+        )
 
 
 class Memoir(Editor[MemoirConfig]):
@@ -445,8 +464,8 @@ class Memoir(Editor[MemoirConfig]):
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
         adapter, config = self._routed, self.config
         with adapter.detached():  # an edit reads its own columns alone, whatever its prompt would match
-            jobs = self._jobs(edits)
-            recorded = self._record(jobs)
+            recorded = self._record(edits)
+            jobs = self._jobs(edits, recorded)
             self._find_spaces(jobs, recorded)
             self._train(jobs, recorded)
         for job in jobs:  # before anything is written: a refused batch leaves all as it was
@@ -471,11 +490,19 @@ class Memoir(Editor[MemoirConfig]):
         adapter.memory_version += 1
         return Written(tuple(job.steps for job in jobs), tuple(displaced))
 
-    def _jobs(self, edits: Sequence[Edit]) -> list[_Job]:
-        """Masks of the edits' bare prompts. Of two edits with the same mask the later one must wait for the other."""
+    def _jobs(self, edits: Sequence[Edit], recorded: _Recorded) -> list[_Job]:
+        """Masks of the edits' bare prompts, the first row of each."""
         router = self._router
-        bare = [self.model.passage(edit.prompt) for edit in edits]
-        (gathered,) = self._gathered(bare, [router], NO_PROGRESS)
+        if router.pooling == "last" and router.hashing == "tophash" and not self.model.is_encoder_decoder:
+            # All that decides is in the recording already.
+            rows = torch.cat([torch.zeros(1, dtype=torch.long), recorded.owner.diff().nonzero().squeeze(1) + 1])
+            batch = recorded.recording.batch
+            ends = (batch.positions == batch.prompt_lengths.unsqueeze(1) - 1).long().argmax(dim=1)[rows]
+            inputs = recorded.recording.inputs[self._layers[0]][rows, ends].unsqueeze(1)
+            gathered = router.gather(inputs, torch.ones(len(rows), 1, dtype=torch.bool))
+        else:
+            bare = [self.model.passage(edit.prompt) for edit in edits]
+            (gathered,) = self._gathered(bare, [router], NO_PROGRESS)
         masks, sharpest = router.masks_of(gathered), router.sharpest(router.features(gathered))
         return [
             _Job(edit, mask, mask.nonzero().squeeze(1), sharp, router.find(mask, sharp))
@@ -486,11 +513,11 @@ class Memoir(Editor[MemoirConfig]):
         contexts = self._routed.notes["contexts"][: self.config.contexts]
         return [edit.prompt, *(f"{context} {edit.prompt}" for context in contexts)]
 
-    def _record(self, jobs: Sequence[_Job]) -> _Recorded:
+    def _record(self, edits: Sequence[Edit]) -> _Recorded:
         config, model = self.config, self.model
         kind = AnswerTail if self._acts == "answer" and not config.full_forward else Tail
         tail = kind(model, self._layers, full=config.full_forward)
-        per_edit = [[model.passage(prompt, job.edit.target) for prompt in self._prompts(job.edit)] for job in jobs]
+        per_edit = [[model.passage(prompt, edit.target) for prompt in self._prompts(edit)] for edit in edits]
         recording = tail.record(model.batch([passage for own in per_edit for passage in own], side="right"))
         owner = torch.tensor([number for number, own in enumerate(per_edit) for _ in own])
         batch = recording.batch
@@ -568,39 +595,39 @@ class Memoir(Editor[MemoirConfig]):
         return found
 
     def _train(self, jobs: Sequence[_Job], recorded: _Recorded) -> None:
-        """Train all edits side by side; those that are done leave the batch after a while."""
-        config, layers = self.config, self._layers
-        waiting, left = list(jobs), config.steps
-        while waiting and left:
-            steps = left if len(jobs) == 1 else min(_ROUND, left)
-            descent = Descent(
-                config.learning_rate,
-                steps,
-                config.clip_norm,
-                config.stop_loss,
-                config.stop_change,
-                config.compat == "reference",
-            )
-            begin = None
-            if waiting[0].steps:
-                recorded = self._record(waiting)
-                begin = {layer: _stacked([job.factors.get(layer) for job in waiting]) for layer in layers}
-            spaces = {layer: [job.spaces.get(layer) for job in waiting] for layer in layers}
-            factors, taken, done = descend(
+        """Train all edits side by side. Whenever half of them are done, the others go on without these."""
+        config = self.config
+        descent = Descent(
+            config.learning_rate,
+            config.steps,
+            config.clip_norm,
+            config.stop_loss,
+            config.stop_change,
+            config.compat == "reference",
+        )
+        waiting, begin = list(jobs), None
+        while waiting:
+            found = descend(
                 recorded.tail,
                 recorded.recording,
-                spaces,
+                {layer: [job.spaces.get(layer) for job in waiting] for layer in self._layers},
                 recorded.owner,
                 recorded.acts,
                 recorded.labels,
                 descent,
                 begin,
+                until=_ROUND,
             )
             for number, job in enumerate(waiting):
-                job.steps += int(taken[number])
+                job.steps = int(found.steps[number])
                 for layer, space in job.spaces.items():
-                    job.factors[layer] = factors[layer][number, :, : len(space.basis)]
-            waiting, left = [job for job, is_done in zip(waiting, done, strict=True) if not is_done], left - steps
+                    job.factors[layer] = found.factors[layer][number, :, : len(space.basis)]
+            if int(found.steps.max()) == config.steps:
+                return
+            on = ~found.done
+            waiting, begin = [job for job, goes_on in zip(waiting, on, strict=True) if goes_on], found.waiting
+            if waiting:
+                recorded = recorded.of_edits(on) or self._record([job.edit for job in waiting])
 
     def _kept(self, steps: int) -> float:
         return float((1.0 - self.config.learning_rate * self.config.weight_decay) ** steps)
@@ -636,16 +663,6 @@ class Memoir(Editor[MemoirConfig]):
         for number in sorted(entries, reverse=True):
             router.remove_entry(number)
         return None if owner == job.edit.id else owner
-
-
-def _stacked(factors: Sequence[Tensor | None]) -> Tensor:
-    """[edits, outputs, most terms], filled up with zeros."""
-    known = [one for one in factors if one is not None] or [torch.zeros(0, 0)]
-    stacked = torch.zeros(len(factors), known[0].shape[0], max(one.shape[1] for one in known))
-    for number, one in enumerate(factors):
-        if one is not None:
-            stacked[number, :, : one.shape[1]] = one
-    return stacked
 
 
 def _in_order(parts: Sequence[tuple[list[int], Gathered]], count: int, width: int) -> Gathered:

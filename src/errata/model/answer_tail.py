@@ -2,7 +2,8 @@
 
 A memory that acts from the last prompt token on leaves the beginnings of prompts as they were, in every block. Their
 keys and values are then put on a KV cache that never changes, and each training step runs only the places whose
-prediction is asked for: two or three tokens of a row instead of all of them.
+prediction is asked for: two or three tokens of a row instead of all of them. What many rows begin with (the texts
+that editors put in front of prompts) is read once for all of them.
 
 Whether a model can be run so is found by trying, once per layer: without a change both ways must give the same
 predictions. Where they do not (encoders, recurrent states, caches of another make), and while other adapters are
@@ -11,8 +12,10 @@ attached, whose routes need whole prompts, the whole row is recorded as `Tail` d
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +27,9 @@ from errata.model.tail import Recording, Tail
 from errata.model.tokens import TokenBatch
 
 __all__ = ["AnswerTail"]
+
+_LEAST_SHARED = 4  # tokens of a beginning that is worth being read apart
+_WORTHWHILE = 0.8  # share of the padded tokens that may be left
 
 
 @functools.cache
@@ -44,6 +50,15 @@ class _AnswerBatch(TokenBatch):
     cache: DynamicCache
     before: Tensor
 
+    def of_rows(self, kept: Tensor) -> _AnswerBatch:
+        cache = DynamicCache()
+        for layer in self.cache.layers:
+            own = copy.copy(layer)
+            there = kept.to(layer.keys.device)
+            own.keys, own.values = layer.keys[there], layer.values[there]
+            cache.layers.append(own)
+        return replace(super().of_rows(kept), cache=cache, before=self.before[kept])
+
     def arguments(self) -> dict[str, Any]:
         mask = torch.cat([self.before, self.mask], dim=1)
         return {**super().arguments(), "attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
@@ -57,62 +72,117 @@ class AnswerTail(Tail):
 
     @torch.no_grad()
     def record(self, batch: TokenBatch) -> Recording:
-        verdict = f"answers alone {self.first}"
-        if (
-            self.full
-            or self.model.is_encoder_decoder
-            or self.model.adapters
-            or int(batch.prompt_lengths.max()) < 2
-            or not self.model.verdicts.get(verdict, True)
-        ):
+        if self.full or self.model.is_encoder_decoder or self.model.adapters or int(batch.prompt_lengths.max()) < 2:
             return super().record(batch)
-        answers = self._begun(batch)
-        if answers is None:
-            self.model.verdicts[verdict] = False
-            return super().record(batch)
-        recording = super().record(answers)
-        if verdict not in self.model.verdicts:
-            whole = super().record(batch)
-            self.model.verdicts[verdict] = self._agree(recording, whole)
-            if not self.model.verdicts[verdict]:
-                return whole
-        return recording
+        verdicts = self.model.verdicts
+        shared = _shared_beginnings(batch)
+        for leads in (shared, None) if shared else (None,):
+            verdict = f"answers alone {self.first}" + (", beginnings shared" if leads else "")
+            if not verdicts.get(verdict, True):
+                continue
+            with self.model.sequences.suspended():  # there is nobody to route
+                answers = self._begun(batch, leads)
+                recording = None if answers is None else super().record(answers)
+            if recording is None:
+                verdicts[verdict] = False
+                continue
+            if verdict not in verdicts:
+                verdicts[verdict] = self._agree(recording, super().record(batch))
+            if verdicts[verdict]:
+                return recording
+        return super().record(batch)
 
-    def _begun(self, batch: TokenBatch) -> TokenBatch | None:
-        """The rest of the rows, on a cache of their beginnings; None if the model keeps another kind of cache."""
-        real, first = batch.mask.bool(), (batch.prompt_lengths - 1).unsqueeze(1)
-        earlier = real & (batch.positions < first)
-        later = real & (batch.positions >= first)
-        begun, begun_mask, begun_positions = _packed(batch, earlier, left=True)
-        self.model.sequences.acquire()
-        try:
-            with self.model.sequences.prompts(batch.prompt_lengths):
-                output = self.model.module(self.model.anatomy.trunk)(
-                    input_ids=begun, attention_mask=begun_mask, position_ids=begun_positions, use_cache=True
-                )
-        finally:
-            self.model.sequences.release()
-        cache = getattr(output, "past_key_values", None)
-        layers = getattr(cache, "layers", [])
-        if not isinstance(cache, DynamicCache) or {type(layer) for layer in layers} - _KINDS:
+    def _begun(self, batch: TokenBatch, leads: _Leads | None = None) -> TokenBatch | None:
+        """The rest of the rows, on a cache of their beginnings; None if the model keeps another kind of cache.
+
+        What rows have in common, `leads`, is read once. Then padding may stand in the middle of what they attend to,
+        which a window that slides over the cache would count.
+        """
+        earlier, later = _earlier(batch), batch.mask.bool() & ~_earlier(batch)
+        cache, before = None, batch.mask[:, :0]
+        if leads is not None:
+            apart, own = batch.of_rows(leads.first_with), leads.length_of[leads.first_with].unsqueeze(1)
+            cache, mask = self._read(*_packed(apart, _earlier(apart) & (apart.positions < own), left=True))
+            if cache is None or {type(layer) for layer in cache.layers} != {DynamicLayer}:
+                return None
+            for layer in cache.layers:
+                chosen = leads.number_of.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+            before = mask[leads.number_of] * (leads.length_of > 0).unsqueeze(1)
+            earlier &= batch.positions >= leads.length_of.unsqueeze(1)
+        cache, before = self._read(*_packed(batch, earlier, left=True), cache, before)
+        if cache is None or {type(layer) for layer in cache.layers} - _KINDS:
             return None
-        for layer in layers:
+        for layer in cache.layers:
             layer.__class__ = _kept(type(layer))  # type: ignore[arg-type]  # mypy takes no class for hashable
         ids, mask, positions = _packed(batch, later, left=False)
-        return _AnswerBatch(
-            ids, mask, positions, batch.prompt_lengths, torch.zeros_like(batch.starts), cache, begun_mask
+        return _AnswerBatch(ids, mask, positions, batch.prompt_lengths, torch.zeros_like(batch.starts), cache, before)
+
+    def _read(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None = None,
+        before: Tensor | None = None,
+    ) -> tuple[DynamicCache | None, Tensor]:
+        """Put tokens on a cache, and which of the places there are real."""
+        whole = mask if before is None else torch.cat([before, mask], dim=1)
+        given = {} if cache is None else {"past_key_values": cache}
+        output = self.model.module(self.model.anatomy.trunk)(
+            input_ids=ids, attention_mask=whole, position_ids=positions, use_cache=True, **given
         )
+        made = getattr(output, "past_key_values", None)
+        return (made if isinstance(made, DynamicCache) else None), whole
 
-    def _agree(self, answers: Recording, whole: Recording) -> bool:
-        """Whether both recordings predict the same, no change made."""
 
-        def logits(recording: Recording) -> Tensor:
-            rows, columns, _ = recording.batch.answer_places()
-            return self.run(recording, {}, rows, columns).float()
+@dataclass(frozen=True)
+class _Leads:
+    """Beginnings that rows have in common.
 
-        alone, together = logits(answers), logits(whole)
-        allowed = max(1e-3, 16 * torch.finfo(answers.outputs.dtype).eps)
-        return bool((alone - together).abs().max() <= allowed * together.abs().max())
+    Attributes:
+        first_with: [rows] bool, the first row that has each of them.
+        number_of: [rows], which one a row has, counted in the order of `first_with`; any where it has none.
+        length_of: [rows], tokens of it, 0 where a row has none.
+    """
+
+    first_with: Tensor
+    number_of: Tensor
+    length_of: Tensor
+
+
+def _earlier(batch: TokenBatch) -> Tensor:
+    """[rows, columns], True on what stands before a prompt's last token."""
+    return batch.mask.bool() & (batch.positions < (batch.prompt_lengths - 1).unsqueeze(1))
+
+
+def _shared_beginnings(batch: TokenBatch) -> _Leads | None:
+    """For each row the beginning by which most tokens are saved, None where it would not be many.
+
+    A prompt's last two tokens are never part of it, so that each row that has one also has tokens behind it.
+    """
+    rows = [ids[real].tolist() for ids, real in zip(batch.ids, batch.mask.bool(), strict=True)]
+    beginnings = [
+        [tuple(ids[:length]) for length in range(_LEAST_SHARED, prompt - 1)]
+        for ids, prompt in zip(rows, batch.prompt_lengths.tolist(), strict=True)
+    ]
+    having = Counter(beginning for own in beginnings for beginning in own)
+    chosen = [max(own, key=lambda shared: len(shared) * (having[shared] - 1), default=()) for own in beginnings]
+    chosen = [own if having[own] > 1 else () for own in chosen]
+    first: dict[tuple[int, ...], int] = {}
+    for row, own in enumerate(chosen):
+        if own:
+            first.setdefault(own, row)
+    numbers = {own: number for number, own in enumerate(first)}
+    left = [prompt - 1 - len(own) for prompt, own in zip(batch.prompt_lengths.tolist(), chosen, strict=True)]
+    apart = max(map(len, chosen)) * len(first) + max(left) * len(chosen)
+    if apart > _WORTHWHILE * len(chosen) * (int(batch.prompt_lengths.max()) - 1):
+        return None
+    device = batch.ids.device
+    first_with = torch.zeros(len(chosen), dtype=torch.bool, device=device)
+    first_with[list(first.values())] = True
+    number_of = torch.tensor([numbers.get(own, 0) for own in chosen], device=device)
+    return _Leads(first_with, number_of, torch.tensor([len(own) for own in chosen], device=device))
 
 
 _KINDS = {DynamicLayer, DynamicSlidingWindowLayer}

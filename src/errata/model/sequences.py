@@ -44,6 +44,7 @@ __all__ = [
     "RouteStore",
     "RowAdapters",
     "SequenceTracker",
+    "each_tensor",
     "positions_of",
     "prompt_mask",
 ]
@@ -58,17 +59,17 @@ _ATTRIBUTE = "_errata_routes"
 _TRACKER = "_errata_tracker"
 
 
-def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A value of a store with every tensor in it changed, through tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         return change(value) if value.dim() else value
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value) if f.init})
+        return replace(value, **{f.name: each_tensor(getattr(value, f.name), change) for f in fields(value) if f.init})
     if isinstance(value, (tuple, list)):
-        items = [_each_tensor(item, change) for item in value]
+        items = [each_tensor(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: _each_tensor(item, change) for key, item in value.items()}
+        return {key: each_tensor(item, change) for key, item in value.items()}
     return value
 
 
@@ -141,10 +142,10 @@ class RouteStore:
         self.rows = int(indices.sum()) if indices.dtype == torch.bool else len(indices)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.gathered = {owner: _each_tensor(value, change) for owner, value in self.gathered.items()}
-        self.decided = {owner: _each_tensor(value, change) for owner, value in self.decided.items()}
-        self.read = _each_tensor(self.read, change)
-        self.adapters = _each_tensor(self.adapters, change)
+        self.gathered = {owner: each_tensor(value, change) for owner, value in self.gathered.items()}
+        self.decided = {owner: each_tensor(value, change) for owner, value in self.decided.items()}
+        self.read = each_tensor(self.read, change)
+        self.adapters = each_tensor(self.adapters, change)
 
     def expanded(self, rows: Tensor, count: int) -> Tensor:
         """Per-sequence values [rows, ...] for a pass of `count` rows; beams of one prompt stand side by side."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from errata.errors import TailError
 from errata.model.anatomy import output_width
 from errata.model.probes import adding, by_rows, probing
-from errata.model.sequences import ForwardPass
+from errata.model.sequences import ForwardPass, each_tensor
 
 if TYPE_CHECKING:
     from errata.model.editable import EditableModel
@@ -61,6 +61,34 @@ class Recording:
     leaving: Tensor
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
     forward_pass: ForwardPass | None
+
+
+def _of_rows(recording: Recording, kept: Tensor) -> Recording:
+    old, batch = recording.batch, recording.batch.of_rows(kept.to(recording.batch.ids.device))
+    shape = tuple(old.ids.shape)
+    cache, own_cache = (one.arguments().get("past_key_values") for one in (old, batch))
+
+    def narrow(value: Tensor) -> Tensor:
+        of_places = value.shape[:2] == shape
+        of_keys = value.dim() == 4 and len(value) == shape[0]
+        return value[kept.to(value.device)] if of_places or of_keys else value
+
+    def argument(value: Any) -> Any:
+        return own_cache if value is cache else each_tensor(value, narrow)
+
+    calls = tuple(
+        (tuple(argument(value) for value in args), {name: argument(value) for name, value in kwargs.items()})
+        for args, kwargs in recording.calls
+    )
+    return Recording(
+        batch,
+        {layer: narrow(inputs) for layer, inputs in recording.inputs.items()},
+        narrow(recording.outputs),
+        narrow(recording.entering),
+        narrow(recording.leaving),
+        calls,
+        None,
+    )
 
 
 def _states(output: Any) -> Tensor:
@@ -151,6 +179,36 @@ class Tail:
         if f"additive {self.first}" not in verdicts:
             verdicts[f"additive {self.first}"] = self._is_additive(recording)
         return recording
+
+    @torch.no_grad()
+    def narrowed(self, recording: Recording, kept: Tensor) -> Recording | None:
+        """What was recorded of some of the rows, kept [rows] bool; None where only another pass can tell.
+
+        Which of the blocks' arguments belong to rows is seen by their shapes. Whether that is right is found by trying,
+        once per model and layer.
+        """
+        verdict, verdicts = f"narrowed {self.first}", self.model.verdicts
+        if self.full or self.model.is_encoder_decoder or self.model.adapters or not verdicts.get(verdict, True):
+            return None
+        found = _of_rows(recording, kept)
+        if verdict not in verdicts:
+            try:
+                verdicts[verdict] = self._agree(found, recording, kept)
+            except RuntimeError:  # shapes that do not fit each other: its blocks take something else by rows
+                verdicts[verdict] = False
+        return found if verdicts[verdict] else None
+
+    def _agree(self, one: Recording, other: Recording, kept: Tensor | None = None) -> bool:
+        """Whether two recordings predict the same answers, no change made; `kept` are the other's rows that one has."""
+        rows, columns, _ = one.batch.answer_places()
+        found = self.run(one, {}, rows, columns).float()
+        rows, columns, _ = other.batch.answer_places()
+        if kept is not None:
+            mine = kept.to(rows.device)[rows]
+            rows, columns = rows[mine], columns[mine]
+        expected = self.run(other, {}, rows, columns).float()
+        allowed = max(1e-3, 16 * torch.finfo(one.outputs.dtype).eps)
+        return bool((found - expected).abs().max() <= allowed * expected.abs().max())
 
     def _has_final_norm(self, last: Tensor, states: Tensor) -> bool:
         """Whether it takes the final norm, or nothing (BART), to get from the last block to what the trunk returned."""

@@ -6,7 +6,7 @@ Knows tokenizers. Knows no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -50,6 +50,10 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> Self:
         return type(self)(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def of_rows(self, kept: Tensor) -> Self:
+        """Some of the rows, kept [rows] bool, as wide as before."""
+        return replace(self, **{one.name: getattr(self, one.name)[kept] for one in fields(TokenBatch)})
 
     def trunk_arguments(self) -> dict[str, Any]:
         """What the trunk is called with for one pass over the batch."""
