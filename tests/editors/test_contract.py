@@ -12,13 +12,14 @@ from errata.editors import Editor, editor_class, editor_names
 from errata.model import EditableModel
 from errata.testing import Case, conformance_checks
 
-# Llama; transposed weights and absolute positions; norms behind the MLP and capped logits; tokens flattened inside.
-FAMILIES = ("llama", "gpt2", "gemma2", "opt")
+# Llama; transposed weights and absolute positions; norms behind the MLP and capped logits; tokens flattened inside;
+# attention and MLP side by side, with biases; one head of keys and values for all.
+FAMILIES = ("llama", "gpt2", "gemma2", "opt", "gptj", "falcon")
 
 # Settings under which random models of width 32 can be taught at all.
 SETTINGS: dict[str, dict[str, Any]] = {
     "grace": {"layer": 1, "radius": 0.3, "learning_rate": 0.3, "steps": 80},
-    "ft": {"learning_rate": 1e-2, "steps": 60},
+    "ft": {"learning_rate": 5e-3, "steps": 100},
     "rome": {
         "tokens_per_width": 4.0,
         "learning_rate": 0.3,

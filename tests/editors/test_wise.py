@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +14,11 @@ from torch import Tensor
 from errata.adapters import AutoAdapter
 from errata.adapters.sides import WiseAdapter, base_layer
 from errata.edit import Edit
-from errata.editors import Editor
 from errata.editors.wise import Wise, WiseConfig, _mean_violation
 from errata.errors import ConfigError, EditError, NumericsError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
-from errata.testing import Case, conformance_checks, tiny_model
+from errata.testing import tiny_model
 
 QUICK: dict[str, Any] = {
     "layer": 1,
@@ -36,29 +34,6 @@ EDITS = (
     Edit(id="ann", prompt="The flute of Ann", target="piano"),
     Edit(id="zed", prompt="Zed was born in", target="Berlin"),
 )
-
-# Beside the families of the common suite. One change may move every entry: a random model has few to spare.
-FAMILIES = ("gptj", "falcon")
-TINY: dict[str, Any] = {
-    "layer": 1,
-    "steps": 150,
-    "learning_rate": 0.2,
-    "contexts": 0,
-    "irrelevant": 100,
-    "mask_density": 1.0,
-    "margin_scale": 2.0,
-}
-
-
-def make_wise(model: EditableModel) -> Editor[Any]:
-    return Wise(model, **TINY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_contract_on_more_families(family: str, check: Callable[[Case], None], tmp_path: Path) -> None:
-    check(Case(make_wise, family, tmp_path))
 
 
 def wise(edits: int, model: EditableModel | None = None, **settings: Any) -> tuple[Wise, WiseAdapter]:
