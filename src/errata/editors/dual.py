@@ -96,7 +96,10 @@ class Space:
         keys = keys.float()
         spared = keys.T
         if moment is not None:
-            spared = torch.linalg.solve(torch.eye(len(columns)) + moment / ridge, spared)
+            metric = torch.eye(len(columns)) + moment / ridge
+            factor, failed = torch.linalg.cholesky_ex(metric)
+            # Of many large keys, rounding may leave a moment that is not quite positive.
+            spared = torch.linalg.solve(metric, spared) if failed else torch.cholesky_solve(spared, factor)
         gram = keys @ spared
         gram, energy = (gram + gram.T) / 2, keys.square().sum()
         room = float(gram.trace() / energy.clamp(min=torch.finfo(torch.float32).tiny))

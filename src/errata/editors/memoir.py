@@ -572,22 +572,21 @@ class Memoir(Editor[MemoirConfig]):
         if self.config.ridge is None:
             return [(None, 1.0)] * len(jobs)
         whole = memory.moment
+        numbers = torch.tensor([number for number, job in enumerate(jobs) for _ in job.keys[layer]])
+        spread = torch.zeros(len(numbers), len(whole))  # all keys of the batch, [n, D], zero outside their columns
+        for number, job in enumerate(jobs):
+            spread[(numbers == number).nonzero(), job.columns] = job.keys[layer].float()
         count = sum(len(one.keys) for one in memory.written if one is not None)
+        energy = float(whole.trace())
         if len(jobs) > 1:
-            whole = whole.clone()
-            for job in jobs:
-                keys = job.keys[layer].float()
-                whole[job.columns.unsqueeze(1), job.columns] += keys.T @ keys
-                count += len(keys)
+            count, energy = count + len(spread), energy + float(spread.square().sum())
         if not count:
             return [(None, 1.0)] * len(jobs)
-        ridge = self.config.ridge * max(float(whole.trace()) / count, 1e-12)
+        ridge = self.config.ridge * max(energy / count, 1e-12)
         found: list[tuple[Tensor | None, float]] = []
-        for job in jobs:
-            moment = whole[job.columns.unsqueeze(1), job.columns]
-            if len(jobs) > 1:
-                keys = job.keys[layer].float()
-                moment = moment - keys.T @ keys
+        for number, job in enumerate(jobs):
+            others = spread[numbers != number][:, job.columns]
+            moment = whole[job.columns.unsqueeze(1), job.columns] + others.T @ others
             old = None if job.replaces is None else memory.written[job.replaces]
             if old is not None:
                 moment = moment - old.keys.float().T @ old.keys.float()

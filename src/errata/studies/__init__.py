@@ -110,7 +110,7 @@ _STUDIES = (
     Study(
         "memoir-ablation",
         "Which parts of MEMOIR carry it?",
-        "the whole method and ten variants of it, 100 edits each; 6 minutes",
+        "the whole method and twelve variants of it, 100 edits each; 6 minutes",
         "errata.studies.memoir:ablation",
     ),
     Study(

@@ -199,6 +199,8 @@ def ablation(bench: Workbench) -> StudyResult:
         "stored keys not spared": {"ridge": None},
         "acting at every token": {"acts": "all"},
         "no subject check": {"subject_check": False},
+        "no texts before the prompt": {"contexts": 0},
+        "no ending": {"ending": False},
         "as the code was published": {"compat": "reference"},
     }
     rows = bench.run(bench.arms("memoir", "without", without), edits, [len(edits)])
