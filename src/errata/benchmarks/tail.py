@@ -5,7 +5,8 @@ the memory beside several blocks of its upper third. Both ways run alternately, 
 stopping, so that both take the same steps; the median over edits is compared.
 
 How much the tail can save follows from the depth: whole passes run every block forward, and both ways run the blocks
-above the layer forward and back. With n of them, the ratio cannot exceed (24 + n) / 2n.
+above the layer forward and back. With n of them, whole rows could not give more than (24 + n) / 2n; that the tail runs
+the answers' places alone comes on top.
 """
 
 from __future__ import annotations

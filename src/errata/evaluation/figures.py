@@ -104,6 +104,8 @@ def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figu
 
 def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each method over the number of sequential edits: three properties, and perplexity of held-out text."""
+    from matplotlib.ticker import LogFormatter
+
     methods = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
     unedited = [row for row in rows if row["method"] == "unedited"]
     figure, axes = styled_figure(9.0, 6.4, 2, 2)
@@ -136,6 +138,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if name == "perplexity":
             if any(math.isfinite(value(row)) for row in rows):  # a scale of logarithms needs something to scale
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(LogFormatter())
+                axis.yaxis.set_minor_formatter(LogFormatter())  # which labels the places between few decades only
         else:
             axis.set_ylim(-0.03, 1.05)
     axes[0].legend(fontsize=9, loc="lower left")
