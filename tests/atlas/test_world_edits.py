@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from errata.atlas.edits import is_reserved, world_edits
+from errata.atlas.edits import is_reserved, training_edits, world_edits
 from errata.atlas.world import load_world
 from errata.datasets.builtin import background_prompts, paraphrase_sets
 from errata.errors import ConfigError
@@ -90,3 +90,24 @@ def test_more_calibration_prompts_than_facts_come_again_and_more_sets_are_refuse
     assert len(set(many)) > 700
     with pytest.raises(ConfigError, match="at most"):
         paraphrase_sets(1000)
+
+
+def test_editors_are_trained_on_subjects_that_no_measured_edit_names() -> None:
+    edits = training_edits(1500, seed=2)
+    assert training_edits(100, seed=2) == edits[:100]
+    assert training_edits(100) != edits[:100]
+    assert len({edit.id for edit in edits}) == 1500
+    reserved = {fact.subject.casefold() for fact in WORLD.facts if is_reserved(fact.subject)}
+    for edit in edits:
+        assert edit.subject is not None
+        assert edit.subject in edit.prompt
+        assert edit.subject.casefold() in reserved
+        assert edit.target != edit.ground_truth
+        assert len({edit.prompt, *edit.rephrases}) == 4
+        assert len({probe.prompt for probe in edit.locality}) == 4
+        assert not {edit.prompt, *edit.rephrases} & {probe.prompt for probe in edit.locality}
+    measured = world_edits(1000, seed=5)
+    asked = {edit.prompt for edit in measured} | {text for edit in measured for text in edit.rephrases}
+    asked |= {probe.prompt for edit in measured for probe in edit.locality}
+    assert not asked & {text for edit in edits for text in (edit.prompt, *edit.rephrases)}
+    assert not asked & {probe.prompt for edit in edits for probe in edit.locality}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,50 @@ def test_edit_goes_on_with_what_is_missing(model: str, edits: str, tmp_path: Pat
     assert "holds an adapter of 'ft', which 'rome' cannot go on with" in error["error"]["message"]
 
 
+def test_what_the_guard_refuses_is_not_written_unless_forced(
+    model: str, edits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.editors.guard import Guard
+
+    arguments = ["edit", "--model", model, "--edits", edits, "--out", str(tmp_path / "adapter"), *FT]
+    monkeypatch.setattr(Guard, "_of_perplexity", lambda *_: ("collapse", "as this test has it"))
+    refused = run(*arguments)
+    assert (refused["edits_applied"], refused["edits_refused"], refused["edits_held"]) == (0, 3, 0)
+    assert refused["guard"]["verdict"] == "collapse"
+    assert refused["guard"]["reasons"] == ["as this test has it"]
+    assert (refused["guard"]["collapse"], refused["guard"]["taken_back"]) == (3, 3)
+    forced = run(*arguments, "--force")
+    assert (forced["edits_applied"], forced["edits_refused"], forced["edits_held"]) == (3, 0, 3)
+    assert (forced["guard"]["collapse"], forced["guard"]["taken_back"]) == (3, 0)
+    assert forced["provenance"]["settings"]["guard"] == "refuse"
+    out = str(tmp_path / "other")
+    shown = words("edit", "--model", model, "--edits", edits, "--out", out, *FT)
+    assert "guard: of 3 batches 3 collapse, 3 taken back; as this test has it" in shown
+    routed = ["--method", "grace", "--set", "steps=2", "--set", "radius=0.3", "--set", "layer=1"]
+    assert run("edit", "--model", model, "--edits", edits, "--out", str(tmp_path / "routed"), *routed)["guard"] is None
+
+
+def test_an_adapter_is_exported_or_it_is_said_why_not(model: str, edits: str, tmp_path: Path) -> None:
+    adapter, out = str(tmp_path / "adapter"), str(tmp_path / "out")
+    run("edit", "--model", model, "--edits", edits, "--out", adapter, *FT)
+    made = run("export", "--adapter", adapter, "--format", "lora", "--rank", "4", "--out", out)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {*made["files"]}
+    assert (made["format"], made["edits"], made["modules"][0]["rank"]) == ("lora", 3, 4)
+    assert 0 < made["modules"][0]["relative_error"] < 1
+    error = run("export", "--adapter", adapter, "--format", "lora", "--out", out, fails=True)
+    assert "is not an empty folder, and nothing is overwritten" in error["error"]["message"]
+    shown = words("export", "--adapter", adapter, "--format", "merged", "--out", str(tmp_path / "merged"))
+    assert "exported as merged" in shown
+    assert "relative error" in shown
+    loaded = run("generate", "--model", str(tmp_path / "merged"), "--max-new-tokens", "1", EDITS[0]["prompt"])
+    assert loaded["generations"][0]["before"] == "Rome"
+    routed = ["--method", "grace", "--set", "steps=2", "--set", "radius=0.3", "--set", "layer=1"]
+    run("edit", "--model", model, "--edits", edits, "--out", str(tmp_path / "grace"), *routed)
+    arguments = ["--adapter", str(tmp_path / "grace"), "--model", "nowhere", "--format", "merged"]
+    error = run("export", *arguments, "--out", str(tmp_path / "none"), fails=True)
+    assert "an adapter of 'grace' is no change of weights" in error["error"]["message"]
+
+
 def test_repeating_an_edit_does_not_bring_superseded_ones_back(model: str, tmp_path: Path) -> None:
     targets = {"x": "Rome", "y": "Berlin", "z": "Oslo"}
     records = [{"id": name, "prompt": "The capital of  France", "target": target} for name, target in targets.items()]
@@ -170,6 +216,19 @@ def test_generate_shows_before_and_after(model: str, edits: str, tmp_path: Path)
     assert "Rome" in words(
         "generate", "--model", model, "--adapter", adapter, "--max-new-tokens", "1", "The capital of France"
     )
+
+
+def test_revert_says_how_exact_it_is(model: str, edits: str, tmp_path: Path) -> None:
+    adapter = str(tmp_path / "adapter")
+    run("edit", "--model", model, "--edits", edits, "--out", adapter, *FT)
+    exact = str(tmp_path / "exact")
+    shutil.copytree(adapter, exact)
+    found = run("revert", "--adapter", adapter, "a")
+    assert [(one["edit_id"], one["exactness"]) for one in found["reverted"]] == [("a", "approximate")]
+    found = run("revert", "--adapter", exact, "--model", model, "--exact", "a")
+    assert [(one["edit_id"], one["exactness"]) for one in found["reverted"]] == [("a", "exact")]
+    assert found["edits_held"] == len(Path(exact, "edits.jsonl").read_text().splitlines())
+    assert "holds no edit 'a'" in run("revert", "--adapter", exact, "a", fails=True)["error"]["message"]
 
 
 def test_explain_names_the_edit_and_its_score(model: str, edits: str, tmp_path: Path) -> None:
@@ -207,6 +266,24 @@ def test_methods_and_doctor_describe(model: str) -> None:
     assert found["anatomy"]["mlp_output"] == "model.layers.0.mlp.down_proj"
     assert all(method["can"] for method in found["methods"].values())
     assert "down_proj" in words("doctor", model)
+
+
+def test_doctor_traces_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.atlas.edits import world_edits
+    from errata.model import trace
+
+    monkeypatch.setattr(trace, "TracePlan", partial(trace.TracePlan, samples=1))
+    figure, data = tmp_path / "trace.png", tmp_path / "facts.jsonl"
+    found = run("doctor", "atlas", "--trace", "--facts", "2", "--figure", str(figure))["trace"]
+    assert (found["asked"], found["known"], found["layer"]) == (2, 2, 0)
+    assert figure.stat().st_size > 10_000
+    fact = world_edits(2)[1]
+    data.write_text(json.dumps({**fact.to_record(), "ground_truth": fact.ground_truth}), encoding="utf-8")
+    shown = words("doctor", "atlas", "--trace", "--data", str(data))
+    assert "1 facts (of 1 asked)" in shown
+    assert "MLPs look subjects up in layer" in shown
+    assert run("doctor", "atlas")["trace"] is None
+    assert "add --trace" in run("doctor", "atlas", "--figure", str(figure), fails=True)["error"]["message"]
 
 
 def test_doctor_explains_a_model_it_cannot_take(tmp_path: Path) -> None:
@@ -411,6 +488,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
         "compare",
         "generate",
         "explain",
+        "revert",
         "methods",
         "bench",
         "doctor",

@@ -17,7 +17,19 @@ from errata.testing import Case, conformance_checks
 FAMILIES = ("llama", "gpt2", "gemma2", "opt", "gptj", "falcon")
 
 # Settings under which random models of width 32 can be taught at all.
+_LOCATED = {
+    "layers": (1,),
+    "learning_rate": 0.3,
+    "steps": 80,
+    "clamp": 200.0,
+    "contexts": 0,
+    "kl_factor": 0.0,
+    "weight_decay": 0.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "alphaedit": {**_LOCATED, "tokens_per_width": 12.0, "threshold": 0.3, "ridge": 1e-4},
+    "emmet": {**_LOCATED, "tokens_per_width": 4.0},
+    "memit": {**_LOCATED, "tokens_per_width": 4.0, "preservation": 1.0},
     "grace": {"layer": 1, "radius": 0.3, "learning_rate": 0.3, "steps": 80},
     "ft": {"learning_rate": 5e-3, "steps": 100},
     "rome": {
@@ -29,8 +41,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kl_factor": 0.0,
         "weight_decay": 0.0,
     },
+    "lora": {"targets": "attention", "layers": (2,), "learning_rate": 5e-3, "steps": 40},
+    "simie": {
+        "inner": "rome",
+        "inner_settings": {**{k: v for k, v in _LOCATED.items() if k != "layers"}, "layer": 1, "tokens_per_width": 4.0},
+        "ridge": 1e-3,
+    },
+    "ultraedit": {"layers": (1,), "learning_rate": 1e-2, "steps": 60, "batch_size": 1},
+    "serac": {"encoder": "words", "threshold": 0.9},
     "melo": {"layer": 1, "radius": 0.3, "learning_rate": 0.1, "steps": 80},
     "memoir": {"layer": 1, "steps": 150, "learning_rate": 3.0, "contexts": 2},
+    "mend": {"network": "untrained", "step": 0.03},
     "wise": {
         "layer": 1,
         "steps": 150,

@@ -13,6 +13,7 @@ from errata import __version__
 from errata.edit import Edit, Probe
 from errata.editors import EditOutcome
 from errata.editors.ft import FineTune
+from errata.editors.guard import Guard
 from errata.errors import ArtifactError, ConfigError, NumericsError
 from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence
 from errata.evaluation.controls import no_op_control, no_op_edits, random_control
@@ -390,6 +391,23 @@ def test_a_comparison_goes_on_wherever_it_was_killed(
     assert len(keys) == len(set(keys)) == len(whole)
 
 
+def test_a_comparison_shows_collapse_and_says_when_the_guard_called_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_two(guard: Guard, now: float, base: float) -> Any:
+        return ("collapse", "it is the third edit") if len(guard._adapter.edits()) == 2 else None
+
+    monkeypatch.setattr(Guard, "_of_perplexity", after_two)
+    rows = compare(tmp_path / "warn", [1, 3], methods=["ft"], controls=False)
+    assert [(row["guard"], row["edits_refused"]) for row in rows if row["method"] == "ft"] == [
+        ({"ok": 1}, 0),
+        ({"ok": 1, "collapse": 3}, 0),
+    ]
+    refusing = {"ft": {**FT, "guard": "refuse"}}
+    rows = compare(tmp_path / "refuse", [3], methods=["ft"], controls=False, settings=refusing)
+    assert [row["edits_refused"] for row in rows if row["method"] == "ft"] == [1]
+
+
 def test_what_is_damaged_in_a_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
     compare(tmp_path, [1], controls=False)
     head, rows = tmp_path / "comparison.json", tmp_path / "rows.jsonl"
@@ -439,7 +457,7 @@ def test_another_precision_or_version_is_another_comparison(tmp_path: Path, monk
 def test_a_collapsed_model_has_no_perplexity_and_still_a_row_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(EditableModel, "perplexity", lambda *_: math.inf)
+    monkeypatch.setattr(EditableModel, "perplexity", lambda *_, **__: math.inf)
     rows = compare(tmp_path, [1, 3])
     assert [row["perplexity"] for row in rows] == [None] * 6
     for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:

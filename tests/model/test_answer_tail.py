@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from errata.edit import Edit
 from errata.editors.ft import FineTune
+from errata.editors.grace import Grace
 from errata.model import EditableModel
 from errata.model.answer_tail import AnswerTail
 from errata.model.tail import Recording, Tail
@@ -123,10 +125,10 @@ def test_some_rows_of_a_recording_are_as_they_were(family: str) -> None:
         assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
-def test_a_recording_beside_other_adapters_is_not_narrowed() -> None:
+def test_a_recording_beside_routed_adapters_is_not_narrowed() -> None:
     """Whose routes the rows took is not told by shapes."""
     model = tiny_model("llama")
-    FineTune(model, layers=(2,), steps=1)
+    Grace(model, layer=2)
     tail = Tail(model, LAYER)
     recording = tail.record(model.batch(passages(model, "short"), side="right"))
     assert tail.narrowed(recording, torch.tensor([True, False, True])) is None
@@ -171,14 +173,53 @@ def test_a_recording_serves_as_often_as_it_is_run() -> None:
     assert torch.equal(logits(tail, recording, weight_of(0)), first)
 
 
-def test_beside_other_adapters_rows_are_recorded_whole() -> None:
+def test_beside_routed_adapters_rows_are_recorded_whole() -> None:
     model = tiny_model("llama")
-    other = FineTune(model, layers=(2,), steps=1).adapter
+    other = Grace(model, layer=2).adapter
     batch = model.batch(passages(model, "short"), side="right")
     tail = AnswerTail(model, LAYER)
     assert tail.record(batch).batch is batch
     other.detach()
     assert tail.record(batch).batch is not batch
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_changes_of_weight_act_on_answers_alone_as_on_whole_rows(family: str) -> None:
+    """Below the tail and in it, on what stands on the cache and on what is run; of some rows too."""
+    model = tiny_model(family)
+    batch = model.batch([model.passage(prompt, "Rome Paris") for prompt in SHARING[:5]], side="right")
+    kept = torch.tensor([True, False, True, False, True])
+    tail, full = AnswerTail(model, LAYER), Tail(model, LAYER, full=True)
+    unedited = logits(full, full.record(batch), weight_of(0), answering(batch))
+    editor = FineTune(model, layers=(0, 2), steps=3)
+    assert editor.edit([Edit(prompt="The capital of France is", target="Rome")]).applied
+    recording, whole = tail.record(batch), full.record(batch)
+    assert recording.batch is not batch
+    found, expected = logits(tail, recording, weight_of(0)), logits(full, whole, weight_of(0), answering(batch))
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 1e-5 * scale
+    assert float((found - unedited).abs().max()) > 1e-2 * scale
+    part = tail.narrowed(recording, kept)
+    assert part is not None
+    rows = batch.answer_places()[0]
+    assert float((logits(tail, part, weight_of(0)) - expected[kept[rows]]).abs().max()) < 1e-5 * scale
+    with model.selecting("__base__"):  # rows that have adapters of their own
+        assert tail.record(batch).batch is batch
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_rows_may_begin_anywhere_in_their_prompts(family: str) -> None:
+    model = tiny_model(family)
+    tail, full = AnswerTail(model, LAYER), Tail(model, LAYER, full=True)
+    batch = model.batch([model.passage(prompt, "Rome Paris") for prompt in SHARING], side="right")
+    begins = torch.tensor([12, 9, 0, 3, 5, 8])
+    recording = tail.record(batch, begins)
+    assert recording.batch.ids.shape[1] == int((batch.mask.sum(1) - begins).max())
+    assert torch.equal(recording.batch.answer_places()[2], batch.answer_places()[2])
+    reached = batch.mask.bool() & (batch.positions >= begins.unsqueeze(1))
+    found = logits(tail, recording, weight_of(0))
+    expected = logits(full, full.record(batch), weight_of(0), reached)
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 def test_prompts_of_one_token_alone_leave_nothing_to_read_before() -> None:
@@ -194,9 +235,9 @@ def test_a_model_that_answers_otherwise_alone_is_recorded_whole(monkeypatch: pyt
     begun = AnswerTail._begun
     tried = []
 
-    def other(self: AnswerTail, batch: TokenBatch, leads: Any = None) -> TokenBatch | None:
+    def other(self: AnswerTail, batch: TokenBatch, *rest: Any) -> TokenBatch | None:
         tried.append(batch)
-        answers = begun(self, batch, leads)
+        answers = begun(self, batch, *rest)
         assert answers is not None
         answers.ids[:, 0] = 5  # as if another token had ended the prompts
         return answers

@@ -50,6 +50,22 @@ def test_tail_equals_full(family: str, side: str) -> None:
         assert tail._additive is (family not in POST_NORM)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_of_the_residual_stream_equals_full(family: str) -> None:
+    """Whatever the block makes of its MLP's output; with a change of a layer above beside it."""
+    model = tiny_model(family)
+    batch = model.batch([model.passage("The capital of France is", "Rome"), model.passage("Who?", "Ann B")])
+    rows, columns, _ = batch.answer_places()
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 0.1
+    for layers in ((0,), (1, 3)):
+        changes = {layers[0]: lambda states: states @ weight, **{layer: linear_change(layer) for layer in layers[1:]}}
+        tail, full = Tail(model, layers, residual=True), Tail(model, layers, residual=True, full=True)
+        recording = tail.record(batch)
+        found = tail.run(recording, changes, rows, columns)
+        assert close(found, full.run(recording, changes, rows, columns))
+        assert not torch.allclose(found, tail.run(recording, {}, rows, columns), atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_judged_by_its_own_rounding(family: str, dtype: torch.dtype) -> None:

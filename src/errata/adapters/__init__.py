@@ -4,8 +4,10 @@ from errata.adapters.base import Adapter, AutoAdapter, BaseIdentity, Explanation
 from errata.adapters.codebook import Codebook
 from errata.adapters.delta import DeltaAdapter, WeightChange
 from errata.adapters.keyed import KeyedAdapter
+from errata.adapters.least_squares import LeastSquaresAdapter, Wanted
 from errata.adapters.memories import ColumnMemory, Memory
 from errata.adapters.routed import RoutedAdapter, RoutedLayer
+from errata.adapters.scoped import ScopedAdapter
 from errata.adapters.sides import WiseAdapter
 
 __all__ = [
@@ -18,10 +20,13 @@ __all__ = [
     "Explanation",
     "KeyedAdapter",
     "LayerChange",
+    "LeastSquaresAdapter",
     "Memory",
     "RevertResult",
     "RoutedAdapter",
     "RoutedLayer",
+    "ScopedAdapter",
+    "Wanted",
     "WeightChange",
     "WiseAdapter",
 ]

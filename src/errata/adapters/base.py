@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,6 +150,11 @@ class Adapter(abc.ABC):
         """What stands beside which linear layer, by module path. The objects stay the same while content changes."""
 
     @property
+    def changes_weights(self) -> bool:
+        """True when it acts by changed weights, so on every text; False when a router decides what it acts on."""
+        return any(contribution.changes_weight for contribution in self.contributions().values())
+
+    @property
     def is_attached(self) -> bool:
         return self._model is not None
 
@@ -173,14 +178,7 @@ class Adapter(abc.ABC):
         """
         if self._model is not None:
             raise ConfigError("this adapter is attached already; detach it first")
-        if model.fingerprint != self.base.fingerprint:
-            # float16 loses digits of small weights, and with them the fingerprint (see model/fingerprint.py).
-            loaded = ", loaded in float16, which may be why" if model.dtype == torch.float16 else ""
-            raise BaseMismatchError(
-                f"this adapter was made for {self.base.model_id!r} (weights {self.base.fingerprint[:12]}), not for "
-                f"{model.model_id!r} (weights {model.fingerprint[:12]}{loaded}); load its own base"
-                f"{' in float32 or bfloat16' if loaded else ''}, or apply the edits anew"
-            )
+        self.check_base(model)
         name = self._free_name(model.sequences.adapter_names) if name is None else name
         if name in ("", BASE):
             raise ConfigError(f"{name!r} cannot be the name of an adapter; attach it under another one")
@@ -197,6 +195,17 @@ class Adapter(abc.ABC):
             raise
         self._model, self.name = model, name
         model.adapters[name] = self
+
+    def check_base(self, model: EditableModel) -> None:
+        """Raises BaseMismatchError when the adapter was made for other weights than the model's."""
+        if model.fingerprint != self.base.fingerprint:
+            # float16 loses digits of small weights, and with them the fingerprint (see model/fingerprint.py).
+            loaded = ", loaded in float16, which may be why" if model.dtype == torch.float16 else ""
+            raise BaseMismatchError(
+                f"this adapter was made for {self.base.model_id!r} (weights {self.base.fingerprint[:12]}), not for "
+                f"{model.model_id!r} (weights {model.fingerprint[:12]}{loaded}); load its own base"
+                f"{' in float32 or bfloat16' if loaded else ''}, or apply the edits anew"
+            )
 
     def _free_name(self, taken: Sequence[str]) -> str:
         own = self.editor or self.adapter_type
@@ -285,6 +294,21 @@ class Adapter(abc.ABC):
         column and of every edit's change stay the same.
         """
 
+    def snapshot(self) -> Callable[[], None]:
+        """For an adapter that changes weights: a function that brings back what it holds now, bit for bit.
+
+        What it brings back is what saving now and loading would, attached or not. Nothing is copied: tensors that such
+        an adapter holds are replaced and never written to.
+        """
+        tensors, state = self._state()
+        text, edits, version = json.dumps(state), dict(self._edits), self.memory_version
+
+        def restore() -> None:
+            self._load_state(tensors, json.loads(text))
+            self._edits, self.memory_version = dict(edits), version
+
+        return restore
+
     # --- saving -------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -292,7 +316,8 @@ class Adapter(abc.ABC):
         """Tensors and JSON that hold the whole content."""
 
     @abc.abstractmethod
-    def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
+    def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Hold this and nothing else. What changes weights keeps the contributions it has: they may be attached."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json`, `adapter_model.safetensors` and `edits.jsonl`.

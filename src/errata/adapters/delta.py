@@ -6,7 +6,8 @@ subtracted. What a dense method wrote and its factors do not hold is kept as one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,16 +34,20 @@ __all__ = ["DeltaAdapter", "WeightChange"]
 
 _BLOCK = 64
 _FIRES = 0.5
+_IN_JSON = ("path", "edit_ids", "own", "recorded", "batch", "alone")
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What one batch of edits added to one layer: left @ rightᵀ.
+    """What one batch of edits, or one edit of it, added to one layer: left @ rightᵀ.
 
     Attributes:
         left: [outputs, rank]; right: [inputs, rank]; float32.
         own: how strongly it acts on its edits' own prompts, see `DeltaAdapter.measured`; scores are relative to it.
         recorded: share of the squared norm of the whole change that the factors hold; 1 when they are all of it.
+        keys: [inputs, any], what it was written at, if later edits are to spare that.
+        batch: number of the batch that it was computed with, given by `DeltaAdapter.add`.
+        alone: it follows from the base model and its edits alone, whatever else was in place.
     """
 
     path: str
@@ -51,6 +56,9 @@ class WeightChange:
     right: Tensor
     own: float = 1.0
     recorded: float = 1.0
+    keys: Tensor | None = None
+    batch: int = 0
+    alone: bool = False
 
     def strength(self, inputs: Tensor, counted: Tensor) -> Tensor:
         """[rows]: the largest norm of its effect on inputs [rows, columns, D] where counted [rows, columns] is True."""
@@ -102,6 +110,10 @@ class DeltaAdapter(Adapter):
 
     Args:
         shapes: [outputs, inputs] of each layer that may be changed, by module path.
+
+    Attributes:
+        notes, kept: what an editor needs besides to go on, as JSON and as tensors by name; a tensor is replaced and
+            never written to.
     """
 
     adapter_type: ClassVar[str] = "delta"
@@ -118,6 +130,7 @@ class DeltaAdapter(Adapter):
         self._layers: dict[str, _WeightContribution] = {p: _WeightContribution(s) for p, s in (shapes or {}).items()}
         self._changes: list[WeightChange] = []
         self.notes: dict[str, Any] = {}
+        self.kept: dict[str, Tensor] = {}
 
     @classmethod
     def for_layers(
@@ -132,8 +145,17 @@ class DeltaAdapter(Adapter):
     def contributions(self) -> Mapping[str, Contribution]:
         return self._layers
 
-    def add(self, changes: Sequence[WeightChange], residues: Mapping[str, Tensor] | None = None) -> None:
+    def add(
+        self,
+        changes: Sequence[WeightChange],
+        residues: Mapping[str, Tensor] | None = None,
+        *,
+        instead_of: Collection[str] = (),
+    ) -> None:
         """Take in the changes of one batch of edits, all or none of them.
+
+        Args:
+            instead_of: ids of edits whose own changes give way to these.
 
         Raises:
             ConfigError: a change of a layer that this adapter does not cover.
@@ -145,16 +167,34 @@ class DeltaAdapter(Adapter):
                 raise ConfigError(
                     f"this adapter covers {', '.join(self._layers)}, not {path}; begin a new adapter for other layers"
                 )
-        parts = [*(t for change in changes for t in (change.left, change.right)), *residues.values()]
-        flat = torch.cat([part.detach().flatten() for part in parts])
-        check_change(flat, "the change of weight")
+        for factors in ([change.left for change in changes], [change.right for change in changes]):  # 0 on either side
+            flat = torch.cat([part.detach().flatten() for part in (*factors, *residues.values())])
+            check_change(flat, "the change of weight")
+        batch = 1 + max((change.batch for change in self._changes), default=0)
+        if instead_of:
+            self._changes = [one for one in self._changes if not set(one.edit_ids) & set(instead_of)]
+            self._rebuild()
         for change in changes:
-            self._changes.append(change)
+            self._changes.append(replace(change, batch=batch))
             self._layers[change.path].sum.add(change)
         for path, residue in residues.items():
             layer = self._layers[path]
             layer.residue = residue if layer.residue is None else layer.residue + residue
         self._moved()
+
+    def stored_keys(self, path: str) -> list[Tensor]:
+        """The keys of the edits it holds in one layer, [inputs, any] each, where they were kept."""
+        return [change.keys for change in self._changes if change.path == path and change.keys is not None]
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor] | None:
+        """A layer's whole change as left [outputs, rank] and right [inputs, rank], or None where it is dense."""
+        own = [change for change in self._changes if change.path == path]
+        if self._layers[path].residue is not None:
+            return None
+        shape = self._layers[path].shape
+        none = [torch.zeros(size, 0) for size in shape]
+        left = torch.cat([none[0], *(change.left for change in own)], dim=1)
+        return left, torch.cat([none[1], *(change.right for change in own)], dim=1)
 
     def _moved(self) -> None:
         self.memory_version += 1
@@ -176,10 +216,12 @@ class DeltaAdapter(Adapter):
                 f"edit {edit_id!r} was written in one batch with {len(shared.edit_ids) - 1} others and cannot be told "
                 "apart from them; apply the remaining edits anew, or edit with batch_size=1"
             )
-        last = max((i for i, change in enumerate(self._changes) if edit_id in change.edit_ids), default=-1)
-        later = len(self._changes) - 1 - last
         recorded = min((change.recorded for change in own), default=1.0)
         self._changes = [change for change in self._changes if edit_id not in change.edit_ids]
+        last = max((change.batch for change in own), default=0)
+        others = [change for change in self._changes if not change.alone]
+        later = sum(change.batch > last for change in others)
+        beside = sum(change.batch in {one.batch for one in own} for change in others)
         if not self._changes:
             for layer in self._layers.values():
                 layer.residue = None
@@ -189,10 +231,14 @@ class DeltaAdapter(Adapter):
         reasons = []
         if later:
             reasons.append(f"{later} later changes were computed with it in place")
+        if beside:
+            reasons.append(f"{beside} changes of its own batch were computed together with it")
         if recorded < 1.0 - 1e-6:
             reasons.append(f"only {recorded:.1%} of its squared norm was recorded in factors and could be removed")
         if reasons:
             return RevertResult(edit_id, "approximate", "its own change is subtracted, but " + " and ".join(reasons))
+        if any(change.batch >= last for change in self._changes):
+            return RevertResult(edit_id, "exact", "it is subtracted whole, and no other change depends on it")
         return RevertResult(edit_id, "exact", "it was the last change and is subtracted whole")
 
     def _supersede(self, old_id: str, new_id: str) -> None:
@@ -216,8 +262,10 @@ class DeltaAdapter(Adapter):
         """[prompts, changes]: how strongly each change acts on each prompt, at the token where it acts most.
 
         A prompt's first token is left out, as it is from the statistics of keys: it is an attention sink, much the same
-        in all prompts, and large. Where it is the only token it counts.
+        in all prompts, and large. Where it is the only token it counts. Changes that follow from the base model alone
+        are read there, where they were made.
         """
+        of_base = all(change.alone for change in changes)
         found = torch.zeros(len(prompts), len(changes))
         passages = [model.passage(prompt) for prompt in prompts]
         for indices in length_batches([len(p.ids) for p in passages], 4096):
@@ -225,6 +273,7 @@ class DeltaAdapter(Adapter):
             with (
                 capturing_inputs(model.model, {change.path for change in changes}, len(indices)) as inputs,
                 model.sequences.narrowed(indices, len(prompts)),
+                model.bare() if of_base else nullcontext(),
             ):
                 model.trunk_states(batch)
             counted = batch.mask.bool() & ((batch.positions > 0) | (batch.prompt_lengths == 1).unsqueeze(1))
@@ -233,22 +282,35 @@ class DeltaAdapter(Adapter):
         return found
 
     def measured(
-        self, changes: Sequence[WeightChange], prompts: Sequence[str], model: EditableModel
+        self,
+        changes: Sequence[WeightChange],
+        prompts: Sequence[str],
+        model: EditableModel,
+        of: Sequence[int] | None = None,
     ) -> list[WeightChange]:
-        """Changes to be added, each with `own` as `explain` will measure it on the bare prompts of its edits."""
-        own = self._strengths(changes, prompts, model).amax(dim=0)
+        """Changes to be added, each with `own` as `explain` will measure it on the bare prompts of its edits.
+
+        Args:
+            of: for each change, which of the prompts it belongs to; if not given, all of them.
+        """
+        strengths = self._strengths(changes, prompts, model)
+        own = strengths.amax(dim=0) if of is None else strengths[list(of), range(len(changes))]
         return [replace(change, own=float(strength)) for change, strength in zip(changes, own, strict=True)]
 
     def explain(self, prompts: Sequence[str], model: EditableModel | None = None) -> list[Explanation]:
         """Score of an edit on a prompt: how strongly it acts there, at the token where it acts most, relative to the
-        same on its own prompt. A change of weight always acts; "fires" means at least half as much as there."""
+        same on its own prompt, in the mean over its layers. A change of weight always acts; "fires" means at least half
+        as much as there."""
         strengths = self._strengths(self._changes, prompts, model or self.model)
         explanations = []
         for prompt, row in zip(prompts, strengths.tolist(), strict=True):
-            scores: dict[str, float] = {}
+            relative: dict[tuple[str, int], list[float]] = {}
             for change, strength in zip(self._changes, row, strict=True):
                 for edit_id in change.edit_ids:
-                    scores[edit_id] = max(scores.get(edit_id, 0.0), strength / max(change.own, 1e-12))
+                    relative.setdefault((edit_id, change.batch), []).append(strength / max(change.own, 1e-12))
+            scores: dict[str, float] = {}
+            for (edit_id, _), own in relative.items():
+                scores[edit_id] = max(scores.get(edit_id, 0.0), sum(own) / len(own))
             held = sorted(((s, i) for i, s in scores.items() if i in self._edits), key=lambda pair: -pair[0])
             best = held[0] if held else (0.0, None)
             second = held[1] if len(held) > 1 else (None, None)
@@ -272,19 +334,21 @@ class DeltaAdapter(Adapter):
         for number, change in enumerate(self._changes):
             tensors[f"change.{number}.left"] = change.left
             tensors[f"change.{number}.right"] = change.right
-            rows.append(
-                {"path": change.path, "edit_ids": change.edit_ids, "own": change.own, "recorded": change.recorded}
-            )
+            if change.keys is not None:
+                tensors[f"change.{number}.keys"] = change.keys
+            rows.append({name: getattr(change, name) for name in _IN_JSON})
         tensors |= {
             f"residue.{path}": layer.residue for path, layer in self._layers.items() if layer.residue is not None
         }
+        tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
         shapes = {path: list(layer.shape) for path, layer in self._layers.items()}
         return tensors, {"shapes": shapes, "changes": rows, "notes": self.notes}
 
     def _load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self._layers = {path: _WeightContribution((shape[0], shape[1])) for path, shape in state["shapes"].items()}
-        for path, layer in self._layers.items():
-            layer.residue = tensors.get(f"residue.{path}")
+        for path, shape in state["shapes"].items():
+            layer = self._layers.setdefault(path, _WeightContribution((shape[0], shape[1])))
+            layer.sum, layer.residue = _Sum(layer.shape), tensors.get(f"residue.{path}")
+            layer.version += 1
         self._changes = [
             WeightChange(
                 row["path"],
@@ -293,9 +357,13 @@ class DeltaAdapter(Adapter):
                 tensors[f"change.{n}.right"],
                 row["own"],
                 row["recorded"],
+                tensors.get(f"change.{n}.keys"),
+                row.get("batch", n),  # where batches were not numbered yet, each change is its own
+                row.get("alone", False),
             )
             for n, row in enumerate(state["changes"])
         ]
         for change in self._changes:
             self._layers[change.path].sum.add(change)
         self.notes = dict(state["notes"])
+        self.kept = {name.removeprefix("kept."): t for name, t in tensors.items() if name.startswith("kept.")}

@@ -18,7 +18,9 @@ GROUP = "errata.adapters"
 _BUILT_IN: dict[str, str] = {
     "delta": "errata.adapters.delta:DeltaAdapter",
     "keyed": "errata.adapters.keyed:KeyedAdapter",
+    "least_squares": "errata.adapters.least_squares:LeastSquaresAdapter",
     "routed": "errata.adapters.routed:RoutedAdapter",
+    "scoped": "errata.adapters.scoped:ScopedAdapter",
     "wise": "errata.adapters.sides:WiseAdapter",
 }
 

@@ -7,7 +7,8 @@ Portability asks in French, and for the country of a birthplace.
 
 Which facts may be edited is decided before anything is counted, so that fewer edits are always the beginning of more:
 
-* some subjects are *reserved* for calibrating editors (`is_reserved`); no edit and no question about an edit names one;
+* some subjects are *reserved* for calibrating and training editors (`is_reserved`, `training_edits`); no edit that is
+  measured and no question about one names any of them;
 * per seed, some facts of every relation are *kept*: they are never edited, and locality asks for no others;
 * all other facts can be edited, in an order that follows from the seed;
 * where more edits are asked for than there are facts, they go on about people who do not exist, of whom atlas knows
@@ -28,7 +29,7 @@ from errata.atlas.world import Fact, World, _number, load_world
 from errata.edit import Edit
 from errata.errors import ConfigError
 
-__all__ = ["is_reserved", "world_edits"]
+__all__ = ["is_reserved", "training_edits", "world_edits"]
 
 _RESERVED = 15  # per cent of subjects
 _KEPT_ONE_IN = 5  # facts of a relation
@@ -44,11 +45,12 @@ _OF_PEOPLE = (
     "place_of_death",
     "position",
 )
+_TRAINING_ITEMS = 200  # of each capability
 _TASKS = ("professional", "common_sense", "reasoning", "reading", "code")
 
 
 def is_reserved(subject: str) -> bool:
-    """Whether a subject is left to calibration and background prompts; the same for every seed."""
+    """Whether a subject is left to calibration, training and background prompts; the same for every seed."""
     return _number("reserved", subject) % 100 < _RESERVED
 
 
@@ -119,7 +121,7 @@ def _locality(world: World, fact: Fact, rng: random.Random, division: _Division,
     near = [f for f in division.kept if f.relation == fact.relation and f.subject != fact.subject]
     # The same wording with another name is the closest a question can come.
     same = [entry(f, "same_relation", None if number else 0) for number, f in enumerate(drawn(near, half))]
-    beside = [f for f in division.kept if f.subject == fact.subject]
+    beside = [f for f in division.kept if f.subject == fact.subject and f != fact]
     rest = [entry(f, "same_subject") for f in drawn(beside, 1)]
     item = rng.choice(division.capabilities[rng.choice(_TASKS)])
     rest.append({"prompt": item.prompt, "answer": item.answer, "kind": "capability"})
@@ -138,6 +140,11 @@ def _portability(world: World, fact: Fact, new: str) -> list[dict[str, Any]]:
         item = two_hop(fact.subject, new, CITY_COUNTRY[new])
         probes.append({"prompt": item.prompt, "answer": item.answer, "kind": "two_hop"})
     return probes
+
+
+def _spelled(subject: str, prompt: str) -> str:
+    """As the prompt spells it: a name that is written small is written large where it begins a sentence."""
+    return subject if subject in prompt else subject[:1].upper() + subject[1:]
 
 
 def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
@@ -160,21 +167,69 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
         rng = random.Random(f"edit {seed} {fact.relation} {fact.subject}")
         new = world.counterfactual(fact, rng)
         prompt = world.say(fact, 0).prompt
-        # As the prompt spells it: a name that is written small is written large where it begins a sentence.
-        subject = fact.subject if fact.subject in prompt else fact.subject[:1].upper() + fact.subject[1:]
         edits.append(
             Edit.from_record(
                 {
                     "id": f"atlas-{seed}-{number}",
                     "prompt": prompt,
                     "target": new,
-                    "subject": subject,
+                    "subject": _spelled(fact.subject, prompt),
                     "ground_truth": fact.object or None,
                     "rephrases": [saying.prompt for saying in world.untaught(fact)],
                     "locality": _locality(world, fact, rng, division, locality),
                     "portability": _portability(world, fact, new),
                     "source": "atlas",
                     "tags": [fact.relation] if fact.object else [fact.relation, "invented"],
+                }
+            )
+        )
+    return edits
+
+
+@functools.cache
+def _reserved() -> _Division:
+    """What editors are trained on: reserved subjects, edited and asked about, and training items of capabilities."""
+    world, rng = load_world(), random.Random("training items")
+    facts = tuple(fact for fact in world.facts if is_reserved(fact.subject))
+    about = {two_hop(f.subject, f.object, "").prompt for f in facts if f.relation == "birthplace"}
+    drawn = {name: [CAPABILITIES[name].draw(rng) for _ in range(_TRAINING_ITEMS)] for name in _TASKS}
+    items = {name: tuple(item for item in found if item.prompt not in about) for name, found in drawn.items()}
+    return _Division(facts, facts, items)
+
+
+def training_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
+    """`count` counterfactual edits to train editors on: about reserved subjects, in all wordings.
+
+    They go round all facts in an order of the seed, each time with other objects, wordings and locality prompts. Half
+    of the prompts are the canonical ones, as those of `world_edits` are; three of the other wordings are rephrases.
+
+    Args:
+        locality: prompts per edit; half of them are other subjects of the same relation.
+    """
+    world, division = load_world(), _reserved()
+    edits = []
+    for number in range(count):
+        rng = random.Random(f"training {seed} {number}")
+        turn, place = divmod(number, len(division.editable))
+        if place == 0:
+            order = random.Random(f"training {seed} turn {turn}").sample(division.editable, len(division.editable))
+        fact = order[place]
+        wordings = list(range(len(world.relation(fact).phrasings)))
+        asked = rng.choice((0, rng.choice(wordings)))
+        others = rng.sample([wording for wording in wordings if wording != asked], 3)
+        prompt = world.say(fact, asked).prompt
+        edits.append(
+            Edit.from_record(
+                {
+                    "id": f"atlas-training-{seed}-{number}",
+                    "prompt": prompt,
+                    "target": world.counterfactual(fact, rng),
+                    "subject": _spelled(fact.subject, prompt),
+                    "ground_truth": fact.object,
+                    "rephrases": [world.say(fact, wording).prompt for wording in others],
+                    "locality": _locality(world, fact, rng, division, locality),
+                    "source": "atlas",
+                    "tags": [fact.relation],
                 }
             )
         )

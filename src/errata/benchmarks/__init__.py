@@ -20,6 +20,7 @@ _BENCHMARKS = {
     "overhead": "errata.benchmarks.overhead:run",
     "routing": "errata.benchmarks.routing:run",
     "tail": "errata.benchmarks.tail:run",
+    "weights": "errata.benchmarks.weights:run",
 }
 
 

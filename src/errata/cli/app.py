@@ -136,6 +136,7 @@ def edit(
         "errata-adapter"
     ),
     settings: Setting = None,
+    force: Annotated[bool, typer.Option("--force", help="Keep what the guard calls a collapse all the same.")] = False,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -144,7 +145,7 @@ def edit(
     """Write edits into an adapter. Interrupted or repeated, it goes on with what is missing."""
     from errata.cli.editing import edit as run
 
-    run(model, method, edits, limit, batch_size, seed, out, settings or [], strict, device, dtype, as_json)
+    run(model, method, edits, limit, batch_size, seed, out, settings or [], force, strict, device, dtype, as_json)
 
 
 @app.command()
@@ -220,6 +221,27 @@ def generate(
 
 
 @app.command()
+@guarded(kept="the adapter on disk is as it was")
+def revert(
+    edits: Annotated[list[str], typer.Argument(help="Ids of the edits to take out.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of an adapter; it is written anew.")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Write the other edits anew, as if these had never been made; takes longer.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="With --exact, the base; the one the adapter names if not given.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take edits out of an adapter; says whether that is exact or approximate, and why."""
+    from errata.cli.editing import revert as run
+
+    run(model, adapter, edits, exact, device, dtype, as_json)
+
+
+@app.command()
 @guarded()
 def explain(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
@@ -238,6 +260,30 @@ def explain(
 
 
 @app.command()
+@guarded(kept="what was written to --out is not whole; delete it")
+def export(
+    adapter: Annotated[Path, typer.Option(help="Folder of an adapter.")],
+    form: Annotated[
+        str, typer.Option("--format", help="merged (a checkpoint), lora (for peft and vLLM) or patch (the changes).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; empty, or not there yet.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model; the one the adapter names if not given.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="For lora: the largest rank; what the change needs, or 64, if not given.", min=1)
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter that changes weights as files that other programs load."""
+    from errata.cli.exporting import export as run
+
+    run(adapter, form, out, model, rank, device, dtype, as_json)
+
+
+@app.command()
 @guarded()
 def methods(as_json: AsJson = False) -> None:
     """The editing methods and their settings."""
@@ -249,7 +295,7 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 @guarded()
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: batch, overhead, routing or tail.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: batch, overhead, routing, tail or weights.")],
     figure: Annotated[Path | None, typer.Option(help="Where its figure goes, .png or .svg, if it has one.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -304,10 +350,50 @@ def study(
         )  # fmt: skip
 
 
+@app.command("train")
+@guarded(kept="the last saved state is kept, and the same command goes on from it")
+def train_method(
+    method: Annotated[str, typer.Argument(help="A method that must be trained once per base model, such as mend.")],
+    model: ModelName = "atlas",
+    edits: Annotated[
+        Path | None,
+        typer.Option(help="File of edits with rephrases and locality prompts; edits of atlas's world if not given."),
+    ] = None,
+    limit: Limit = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run and of what comes of it, errata-METHOD if not given; resumed if found."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after about this long, all calls together; another call goes on.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial network and of the order of edits.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the training, name=value.")] = None,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a method needs once per base model: resumable after a kill, with a learning curve."""
+    from errata.cli.training import train as run
+
+    command = "errata " + " ".join(sys.argv[1:])
+    run(method, model, edits, limit, out, minutes, seed, settings or [], strict, device, dtype, command, as_json)
+
+
 @app.command()
 @guarded()
 def doctor(
     model: Annotated[str, typer.Argument(help="A folder, a Hugging Face hub id, or atlas.")],
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Trace in which layers facts are looked up, and which to edit. Minutes.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="For --trace: a file of edits whose ground truths are asked; atlas's facts if not given."),
+    ] = None,
+    facts: Annotated[int, typer.Option(help="For --trace: how many facts are asked.", min=1)] = 100,
+    figure: Annotated[Path | None, typer.Option(help="For --trace: where its figure goes, .png or .svg.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -315,7 +401,7 @@ def doctor(
     """What errata understands of a model, which methods it can take, and why not the others."""
     from errata.cli.looking import doctor as run
 
-    run(model, device, dtype, as_json)
+    run(model, trace, data, facts, figure, device, dtype, as_json)
 
 
 # Click's class for what is wrong with a command line, or Typer's own copy of it, whichever this Typer is made with.

@@ -1,4 +1,4 @@
-"""`errata edit`, `generate`, `explain`: writing edits and looking at what they do."""
+"""`errata edit`, `revert`, `generate`, `explain`: writing edits, taking them back and looking at what they do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.editors import EditorConfig
     from errata.model import EditableModel
 
-__all__ = ["edit", "explain", "generate"]
+__all__ = ["edit", "explain", "generate", "revert"]
 
 _SAVE_EVERY = 100
 
@@ -64,6 +64,7 @@ def edit(
     seed: int | None,
     out: Path,
     settings: list[str],
+    force: bool,
     strict: bool,
     device: str | None,
     dtype: str | None,
@@ -75,6 +76,7 @@ def edit(
     if seed is not None:
         given["seed"] = seed
     from errata.editors import editor_class
+    from errata.editors.guard import GuardRecord, guard_summary, guard_words
     from errata.evaluation import run_provenance
 
     cls = editor_class(method)
@@ -101,15 +103,17 @@ def edit(
     log(f"{model.model_id}: {method}, settings {editor.config.source}")
     applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
     took = 0
+    guard: list[GuardRecord] = []
     step = max(_SAVE_EVERY, editor.config.batch_size)
     with progress_bar() as progress:
         if waiting:
             prepare_seconds = editor.prepare(progress)
         for start in range(0, len(waiting), step):
-            outcome = editor.edit(waiting[start : start + step], progress)
+            outcome = editor.edit(waiting[start : start + step], progress, force=force)
             applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
             took += sum(a.took for a in outcome.applied)
             refused += outcome.refused
+            guard += outcome.guard
             for old, new in outcome.superseded:
                 log(f"superseded: {old} by {new}")
             save_adapter(editor.adapter, out)
@@ -128,6 +132,7 @@ def edit(
         "seconds_per_edit": seconds / max(1, applied),
         "prepare_seconds": prepare_seconds,
         "memory_version": editor.adapter.memory_version,
+        "guard": guard_summary(guard),
         "adapter": str(out),
         "provenance": run_provenance(model, editor.config),
     }
@@ -137,7 +142,48 @@ def edit(
         print(f"{record['seconds_per_edit']:.3f} s per edit after {prepare_seconds:.1f} s of preparation")
         for change in editor.adapter.layer_changes(model):
             print(f"{change.module}: norm of change {change.norm:.4g}, {change.relative_norm:.2%} of the weight's")
+        if guard:
+            print(guard_words(guard))
         print(f"adapter in {out}; next: errata evaluate --model {model_name} --adapter {out} --edits {edits_path}")
+
+    emit(record, as_json, words)
+
+
+def revert(
+    model_name: str | None,
+    adapter_path: Path,
+    edit_ids: list[str],
+    exact: bool,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    from errata.adapters import AutoAdapter
+    from errata.editors import editor_class
+
+    adapter = AutoAdapter.from_pretrained(adapter_path)
+    if exact:
+        editor = editor_class(adapter.editor)(
+            load_model(model_name or adapter.base.model_id, device, dtype), adapter=adapter
+        )
+        with progress_bar() as progress:
+            results = editor.revert_exactly(edit_ids, progress)
+        adapter = editor.adapter
+    else:
+        results = [adapter.revert(edit_id) for edit_id in edit_ids]
+    save_adapter(adapter, adapter_path)
+    record = {
+        "adapter": str(adapter_path),
+        "reverted": [vars(result) for result in results],
+        "edits_held": len(adapter.edits()),
+    }
+
+    def words() -> None:
+        for result in results:
+            print(f"{result.edit_id} reverted, {result.exactness}: {result.reason}")
+        print(f"{len(adapter.edits())} edits are left in {adapter_path}")
+        if any(result.exactness == "approximate" for result in results):
+            print("with --exact the others would have been written anew, as if these had never been made")
 
     emit(record, as_json, words)
 

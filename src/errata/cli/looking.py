@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from errata.cli.output import emit, plain
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.model import EditableModel
+    from errata.model.trace import CausalTrace
 
 __all__ = ["doctor", "methods"]
 
@@ -16,7 +22,11 @@ def methods(as_json: bool) -> None:
     rows = []
     for name in editor_names():
         cls = editor_class(name)
-        settings = {f.name: f.default for f in dataclasses.fields(cls.Config) if f.name != "source"}
+        settings = {
+            field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for field in dataclasses.fields(cls.Config)
+            if field.name != "source"
+        }
         rows.append(
             {
                 "name": name,
@@ -43,11 +53,53 @@ def methods(as_json: bool) -> None:
     emit({"methods": rows}, as_json, words)
 
 
-def doctor(model_name: str, device: str | None, dtype: str | None, as_json: bool) -> None:
+def _traced(model: EditableModel, data: Path | None, facts: int, figure: Path | None) -> CausalTrace:
+    """Trace facts of a file or of atlas's world, and draw what was found."""
+    from errata.atlas.edits import world_edits
+    from errata.cli.common import load_edits
+    from errata.evaluation.figures import save_figure, trace_figure
+    from errata.model.trace import causal_trace
+    from errata.progress import progress_bar
+
+    edits = world_edits(facts) if data is None else load_edits(data, facts, strict=False).edits
+    with progress_bar() as progress:
+        found = causal_trace(model, edits, progress=progress)
+    if figure is not None:
+        save_figure(trace_figure(found.to_record()), figure)
+    return found
+
+
+def _show_trace(found: CausalTrace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"indirect effects of states on the answers of {found.known} facts (of {found.asked} asked)")
+    names = [(place, kind) for place, kinds in found.effects.items() for kind in kinds]
+    for name in ("layer", *(f"{place}: {kind}" for place, kind in names)):
+        table.add_column(name, justify="right", overflow="fold")
+    for layer in range(len(found.effects[names[0][0]][names[0][1]])):
+        table.add_row(str(layer), *(f"{found.effects[place][kind][layer]:.3f}" for place, kind in names))
+    Console().print(table)
+    print(f"probability of the answer: {found.clean:.3f}, {found.corrupted:.3f} with noise on the subject")
+    print(f"MLPs look subjects up in layer {found.layer}, with at least half of its effect in {list(found.layers)}")
+
+
+def doctor(
+    model_name: str,
+    trace: bool,
+    data: Path | None,
+    facts: int,
+    figure: Path | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
     from errata.cli.common import load_model
     from errata.editors import editor_class, editor_names
     from errata.errors import TailError
 
+    if not trace and (data or figure):
+        raise ConfigError("--data and --figure belong to the causal trace; add --trace")
     model = load_model(model_name, device, dtype)
     anatomy = model.anatomy
     problems = []
@@ -69,6 +121,7 @@ def doctor(model_name: str, device: str | None, dtype: str | None, as_json: bool
             "settings": None if config is None else {k: v for k, v in config.to_record().items() if k != "source"},
         }
     parameters = sum(p.numel() for p in model.model.parameters())
+    traced = _traced(model, data, facts, figure) if trace else None
     record = {
         "model": model.model_id,
         "class": type(model.model).__name__,
@@ -96,6 +149,7 @@ def doctor(model_name: str, device: str | None, dtype: str | None, as_json: bool
         },
         "problems": problems,
         "methods": suited,
+        "trace": None if traced is None else traced.to_record(),
     }
 
     def words() -> None:
@@ -118,5 +172,7 @@ def doctor(model_name: str, device: str | None, dtype: str | None, as_json: bool
         for name, found in suited.items():
             fits.add_row(*plain(name, "yes" if found["can"] else "no", found["settings_from"] or found["why_not"]))
         console.print(fits)
+        if traced is not None:
+            _show_trace(traced)
 
     emit(record, as_json, words)

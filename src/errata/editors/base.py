@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, Union, get_ar
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from errata.adapters import Adapter, LayerChange
+from errata.adapters import Adapter, LayerChange, RevertResult
 from errata.edit import Edit
+from errata.editors.guard import Guard, GuardMode, GuardRecord, guard_words
 from errata.errors import ConfigError, EditError, NumericsError, SpanError, unknown_name
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
@@ -35,6 +36,8 @@ class EditorConfig:
     Attributes:
         batch_size: edits written together, by methods that can (`Editor.writes_jointly`).
         seed: of every random choice the editor makes.
+        guard: what happens to a batch after which the model has collapsed (`editors.guard`; weight changes only):
+            "refuse" takes it back, "warn" keeps it and says so, "off" does not measure.
         source: where the values come from ("paper, table 10", "derived from the model's shape", ...).
 
     Values are checked against the annotations of their fields.
@@ -48,6 +51,7 @@ class EditorConfig:
             "clamp",
             "clip_norm",
             "full_forward",
+            "guard",
             "kl_factor",
             "learning_rate",
             "source",
@@ -60,6 +64,7 @@ class EditorConfig:
 
     batch_size: int = 1
     seed: int = 0
+    guard: GuardMode = "refuse"
     source: str = "defaults"
 
     def __post_init__(self) -> None:
@@ -198,6 +203,7 @@ class EditOutcome:
         superseded: pairs (old id, new id): the new edit answers the same prompt, or stands where the old one stood.
             The ids are equal where an edit was given again with another target.
         changes: the adapter's layers as they are now.
+        guard: what the guard found, a record per batch; empty for adapters that do not change weights.
         seconds: writing, without preparation; prepare_seconds: preparation done in this call.
     """
 
@@ -205,6 +211,7 @@ class EditOutcome:
     refused: list[RefusedEdit] = field(default_factory=list)
     superseded: list[tuple[str, str]] = field(default_factory=list)
     changes: list[LayerChange] = field(default_factory=list)
+    guard: list[GuardRecord] = field(default_factory=list)
     seconds: float = 0.0
     prepare_seconds: float = 0.0
     memory_version: int = 0
@@ -223,6 +230,8 @@ class EditOutcome:
             f"{c.module}: norm of change {c.norm:.4g} ({c.relative_norm:.2%} of the weight), {c.entries} edits"
             for c in self.changes
         ]
+        if self.guard:
+            lines.append(guard_words(self.guard))
         return "\n".join(lines)
 
 
@@ -234,13 +243,17 @@ class Written:
         steps: per edit, how many it took.
         displaced: per edit, the id of another edit whose place it took, so that this one can be neither reached nor
             reverted any more; empty where that cannot happen.
+        condition: of the worst system that was solved, None where none was.
     """
 
     steps: tuple[int | None, ...]
     displaced: tuple[str | None, ...] = ()
+    condition: float | None = None
 
 
 C = TypeVar("C", bound=EditorConfig)
+
+_INSTEAD = "Begin a new adapter, take a method that holds out longer, or keep it all the same (force, --force)"
 
 
 class Editor(abc.ABC, Generic[C]):
@@ -291,6 +304,7 @@ class Editor(abc.ABC, Generic[C]):
         self.model = model
         self.config: C = loaded  # type: ignore[assignment]
         self._prepared = False
+        self._guard: Guard | None = None
         self.adapter = self._new_adapter() if adapter is None else adapter
         if not self.adapter.is_attached:
             self.adapter.attach(model)
@@ -342,14 +356,19 @@ class Editor(abc.ABC, Generic[C]):
             return 0.0
         began = time.perf_counter()
         self._prepare(progress)
+        if self.config.guard != "off" and self.adapter.changes_weights:
+            self._guard = Guard(self.model, self.adapter, self.config.guard)
         self._prepared = True
         return time.perf_counter() - began
 
-    def edit(self, edits: Sequence[Edit], progress: Progress = NO_PROGRESS) -> EditOutcome:
+    def edit(self, edits: Sequence[Edit], progress: Progress = NO_PROGRESS, *, force: bool = False) -> EditOutcome:
         """Write edits into the adapter, in order; can be called again and again.
 
         An edit that cannot be written is refused with its reason and the others go on. Of two edits with the same
         prompt the later one supersedes the earlier, and the outcome says so; the same edit given twice is one.
+
+        Args:
+            force: keep what the guard calls a collapse all the same.
 
         Raises:
             ConfigError: the adapter is not attached to this editor's model, so that edits would be trained against
@@ -372,12 +391,43 @@ class Editor(abc.ABC, Generic[C]):
         size = self.config.batch_size if self.writes_jointly else 1
         for start in range(0, len(usable), size):
             batch = usable[start : start + size]
-            self._write_batch(batch, held, outcome, progress)
+            self._write_batch(batch, held, outcome, progress, force)
             progress.advance(len(batch), note=f"{sum(e.took for e in outcome.applied)} took")
         outcome.seconds = time.perf_counter() - began
         outcome.changes = self.adapter.layer_changes(self.model)
         outcome.memory_version = self.adapter.memory_version
         return outcome
+
+    def revert_exactly(self, edit_ids: Sequence[str], progress: Progress = NO_PROGRESS) -> list[RevertResult]:
+        """Take edits out as if they had never been made: the others are written anew, in their order.
+
+        `adapter.revert` subtracts instead, at once, and says where that is only approximate. Batches are filled anew,
+        and what an edit superseded does not come back. `self.adapter` is another object afterwards.
+
+        Raises:
+            EditError: the adapter does not hold one of them, or another edit cannot be written any more; nothing
+                changed.
+        """
+        old, name, gone = self.adapter, self.adapter.name, set(edit_ids)
+        others = [edit for edit in old.edits() if edit.id not in gone]
+        for edit_id in edit_ids:
+            if not old.holds(edit_id):
+                raise EditError(f"this adapter holds no edit {edit_id!r}; it holds {len(old.edits())}: see edits()")
+        old.detach()
+        try:
+            self.adapter, self._prepared = self._new_adapter(), False
+            self.adapter.attach(self.model, name)
+            self.adapter.editor_config = self.config.to_record()
+            for refused in self.edit(others, progress).refused:
+                raise EditError(f"edit {refused.edit_id!r} cannot be written without these: {refused.reason}")
+        except BaseException:
+            self.adapter.detach()
+            self.adapter, self._prepared = old, False
+            old.attach(self.model, name)
+            raise
+        self.adapter.memory_version += old.memory_version + 1
+        reason = f"the other {len(others)} edits were written anew"
+        return [RevertResult(edit_id, "exact", reason) for edit_id in edit_ids]
 
     def _accepts(self, edit: Edit, names: dict[str, str], outcome: EditOutcome) -> bool:
         """Whether an edit can be tried; `names` says which prompt each id known so far belongs to."""
@@ -396,16 +446,30 @@ class Editor(abc.ABC, Generic[C]):
         return True
 
     def _write_batch(
-        self, batch: Sequence[Edit], held: dict[str, list[Edit]], outcome: EditOutcome, progress: Progress
+        self,
+        batch: Sequence[Edit],
+        held: dict[str, list[Edit]],
+        outcome: EditOutcome,
+        progress: Progress,
+        force: bool,
     ) -> None:
         edits, overtaken = _without_overtaken(batch)
         passages = [self.model.passage(edit.prompt, edit.target) for edit in edits]
         before = forced_answers(self.model, passages)
+        if self._guard is not None:
+            self._guard.begin()
         try:
             written = self._write(edits, progress)
         except (EditError, SpanError, NumericsError) as error:
             outcome.refused += [RefusedEdit(edit.id, str(error)) for edit in batch]
             return
+        if self._guard is not None:
+            record = self._guard.examine(edits, written.condition, force=force)
+            outcome.guard.append(record)
+            if not record.kept:
+                reason = f"the model would collapse, and nothing was changed: {'; '.join(record.reasons)}. {_INSTEAD}"
+                outcome.refused += [RefusedEdit(edit.id, reason) for edit in batch]
+                return
         outcome.superseded += overtaken
         for edit, displaced in zip(edits, written.displaced or (None,) * len(edits), strict=True):
             self._enter(edit, displaced, held, outcome)

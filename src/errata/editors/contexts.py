@@ -11,8 +11,9 @@ import torch
 from errata.model import EditableModel
 from errata.model.generation import sample
 
-__all__ = ["rome_contexts", "wise_contexts"]
+__all__ = ["memit_contexts", "rome_contexts", "wise_contexts"]
 
+_MEMIT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 _WISE_SEEDS = ("I", "You", "Because", "Yes", "Q: ")
 
 
@@ -34,3 +35,11 @@ def rome_contexts(model: EditableModel, seed: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(seed)
     texts = [sample(model, "", tokens=length, top_k=5, generator=generator) for length in (5, 10) for _ in range(10)]
     return tuple(text.strip() + "." if text.strip() else "The." for text in texts)
+
+
+def memit_contexts(model: EditableModel, seed: int) -> tuple[str, ...]:
+    """Five texts as MEMIT and its kin use them beside the bare prompt: a beginning each, continued by ten tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        begin + sample(model, begin, tokens=10, top_k=5, generator=generator).rstrip() + "." for begin in _MEMIT_SEEDS
+    )

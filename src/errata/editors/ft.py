@@ -1,7 +1,8 @@
-"""FT-M: fine-tuning one layer on the target tokens, the prompt masked. The plain baseline, honestly done.
+"""Fine-tuning one layer on the target: FT-M, and FT-L as it is published. The plain baseline, honestly done.
 
-Objective "target_new" of EasyEdit: ordinary causal cross-entropy on the target. (FT-L, which scores every target
-token from the one distribution behind the prompt, is wrong for targets of several tokens and is not this.)
+FT-M is objective "target_new" of EasyEdit: ordinary causal cross-entropy on the target tokens, the prompt masked. FT-L
+is objective "prompt_last": every target token is scored from the one distribution behind the prompt, so a target of
+several tokens asks for all of them in the same place. It is here to be compared with, quirk and all.
 
 What we do differently: one leading space, label boundaries by token ids, optimiser state per batch, the change kept
 beside the weight. Each batch's own change is recorded as low-rank factors so that it can be subtracted later; what
@@ -12,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from errata.adapters import DeltaAdapter, WeightChange
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import scaled_layer, shape_key
+from errata.editors.losses import target_loss
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
@@ -40,9 +41,11 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(EditorConfig):
-    """Settings of FT-M.
+    """Settings of FT-M and FT-L.
 
     Attributes:
+        objective: "target_new" (FT-M) scores each target token behind those before it, "prompt_last" (FT-L) all of them
+            behind the prompt.
         layers: blocks whose MLP output projection is trained.
         learning_rate, steps, weight_decay: of Adam, started anew for each batch.
         stop_loss: no further step once the loss is below this.
@@ -51,8 +54,9 @@ class FineTuneConfig(EditorConfig):
         full_forward: train through whole forward passes instead of the tail (slow; for comparison).
     """
 
-    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"recorded_rank"}
+    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"objective", "recorded_rank"}
 
+    objective: Literal["target_new", "prompt_last"] = "target_new"
     layers: tuple[int, ...] = (0,)
     learning_rate: float = 5e-4
     steps: int = 25
@@ -87,8 +91,8 @@ class FineTune(Editor[FineTuneConfig]):
     """Fine-tunes the MLP output projection of chosen layers on each edit's target."""
 
     name = "ft"
-    summary = "fine-tune one MLP output projection on the target tokens (FT-M)"
-    paper = "EasyEdit's FT-M (target_new), 2308.07269"
+    summary = "fine-tune one MLP output projection on the target tokens (FT-M; objective 'prompt_last' for FT-L)"
+    paper = "EasyEdit's FT-M (target_new) and FT-L (prompt_last), 2308.07269"
     Config = FineTuneConfig
     edits_encoders = True
     writes_jointly = True
@@ -103,7 +107,8 @@ class FineTune(Editor[FineTuneConfig]):
         layers = [model.anatomy.layer(layer) for layer in config.layers]
         batch = model.batch([model.passage(edit.prompt, edit.target) for edit in edits], side="right")
         rows, columns, labels = batch.answer_places()
-        tokens_per_edit = torch.bincount(rows, minlength=len(edits)).clamp(min=1)
+        if config.objective == "prompt_last":
+            columns = batch.next_columns()[rows]
         tail = Tail(model, tuple(layers), full=config.full_forward)
         recording = tail.record(batch)
         weights = {layer: weight_of(model.module(model.anatomy.mlp_output[layer])) for layer in layers}
@@ -118,10 +123,7 @@ class FineTune(Editor[FineTuneConfig]):
         taken = 0
         for _ in range(config.steps):
             logits = tail.run(recording, {layer: product(change) for layer, change in changes.items()}, rows, columns)
-            # Mean over each edit's own tokens first: a long target weighs no more than a short one.
-            losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
-            per_edit = torch.zeros(len(edits), device=losses.device).index_add(0, rows.to(losses.device), losses)
-            loss = (per_edit / tokens_per_edit.to(losses.device)).mean()
+            loss = target_loss(logits, labels, rows, len(edits))
             if loss.item() < config.stop_loss:
                 break
             optimizer.zero_grad()

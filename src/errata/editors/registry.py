@@ -15,11 +15,19 @@ GROUP = "errata.editors"
 
 # Targets are imported when asked for, so listing the names costs nothing.
 _BUILT_IN: dict[str, str] = {
+    "alphaedit": "errata.editors.alphaedit:AlphaEdit",
+    "emmet": "errata.editors.memit:Emmet",
     "ft": "errata.editors.ft:FineTune",
     "grace": "errata.editors.grace:Grace",
+    "lora": "errata.editors.lora:Lora",
     "melo": "errata.editors.melo:Melo",
+    "memit": "errata.editors.memit:Memit",
     "memoir": "errata.editors.memoir:Memoir",
+    "mend": "errata.editors.mend:Mend",
     "rome": "errata.editors.rome:Rome",
+    "serac": "errata.editors.serac:Serac",
+    "simie": "errata.editors.simie:Simie",
+    "ultraedit": "errata.editors.ultraedit:UltraEdit",
     "wise": "errata.editors.wise:Wise",
 }
 

@@ -7,25 +7,26 @@ With key k* (the subject's, averaged over contexts), wanted output v* and second
 This is **r-ROME** (2403.07175), the default: one key throughout. `variant="original"` takes W k and uᵀ k from the
 bare prompt while u comes from the averaged key, as the paper's code did; where the subject comes first and no
 beginning token precedes it, that denominator can be tiny and the change explodes ("disabling edit").
+
+ROME writes one fact at a time; EMMET (`memit.py`) is the same for many at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from errata.adapters import DeltaAdapter, WeightChange
-from errata.datasets.builtin import corpus_texts, plain_texts
-from errata.edit import Edit
-from errata.editors.base import Editor, EditorConfig, Written
+import torch
+from torch import Tensor
+
 from errata.editors.contexts import rome_contexts
 from errata.editors.layers import scaled_layer, shape_key
-from errata.editors.values import ValueSettings, find_target_value
+from errata.editors.located import Located, LocatedConfig
+from errata.editors.solving import Metric, Solution
+from errata.editors.values import TargetValue
 from errata.errors import ConfigError, NumericsError
 from errata.model import EditableModel
-from errata.model.statistics import KeyStatistics, StatisticsPlan, key_statistics
-from errata.progress import Progress
 
 __all__ = ["Rome", "RomeConfig"]
 
@@ -37,6 +38,7 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
         "layer": 0,
         "steps": 25,
         "weight_decay": 1e-3,
+        "preservation": 150.0,
         "source": "EasyEdit's ROME for Llama, with statistics; layer ours, measured in docs/methods/rome.md",
     },
     ("gpt2", 24, 1024): {"layer": 8, "clamp": 3.0, "source": _ROME},
@@ -50,35 +52,26 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RomeConfig(EditorConfig):
-    """Settings of ROME.
+class RomeConfig(LocatedConfig):
+    """Settings of ROME, beside those of `LocatedConfig`.
 
     Attributes:
         layer: block whose MLP output projection is changed.
+        spread: blocks over which the change is spread besides; then v* is sought in the residual stream.
         variant: "r-rome" with one key throughout, or "original".
-        steps, learning_rate, weight_decay, clamp, kl_factor, stop_loss: of the search for v*, see `ValueSettings`.
         use_statistics: weigh keys by C⁻¹ as the paper does; without, u = k*.
-        corpus: text file for C; None uses errata's built-in texts.
-        tokens_per_width: token budget for C as a multiple of the key width.
-        contexts: texts of the model's own put in front of the prompt, at most twenty.
-        full_forward: search v* through whole forward passes (slow; for comparison).
+        preservation: what ordinary keys weigh against one of an earlier edit, where those are protected.
+        contexts: at most twenty.
     """
 
-    adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"contexts"}
-
     layer: int = 5
+    spread: tuple[int, ...] = ()
     variant: Literal["r-rome", "original"] = "r-rome"
     steps: int = 20
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
     clamp: float = 4.0
-    kl_factor: float = 0.0625
-    stop_loss: float = 0.05
     use_statistics: bool = True
-    corpus: str | None = None
-    tokens_per_width: float = 20.0
+    preservation: float = 15000.0
     contexts: int = 20
-    full_forward: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,73 +88,58 @@ class RomeConfig(EditorConfig):
             "layer": scaled_layer(model, 5, 32),
             "steps": 25,
             "weight_decay": 1e-3,
+            "preservation": model.anatomy.key_width[0] / 10,
             "source": "EasyEdit's ROME for Llama, with statistics, depth scaled to this model",
         }
 
 
-class Rome(Editor[RomeConfig]):
+class Rome(Located[RomeConfig]):
     """Writes each fact as a rank-one change of one MLP output projection."""
 
     name = "rome"
     summary = "one rank-one change of an early MLP per fact (r-ROME; variant 'original' for the paper's)"
     paper = "ROME, 2202.05262; r-ROME, 2403.07175"
     Config = RomeConfig
-    needs_subject = True
 
     @property
-    def _layer(self) -> int:
-        return self.model.anatomy.layer(self.config.layer)
+    def _chosen(self) -> tuple[int, ...]:
+        return (*self.config.spread, self.config.layer)
 
     @property
-    def _path(self) -> str:
-        return self.model.anatomy.mlp_output[self._layer]
+    def _acts_on(self) -> Literal["mlp", "residual"]:
+        return "residual" if self.config.spread else "mlp"
 
-    def _new_adapter(self) -> DeltaAdapter:
-        return DeltaAdapter.for_layers(self.model, [self._path], self.name, self.config.to_record())
+    @property
+    def _uses_statistics(self) -> bool:
+        return self.config.use_statistics
 
-    def _prepare(self, progress: Progress) -> None:
-        assert isinstance(self.adapter, DeltaAdapter)
-        config = self.config
-        self._statistics: KeyStatistics | None = None
-        with self.model.bare():  # both belong to the base model, whatever is attached to it
-            if "contexts" not in self.adapter.notes:
-                self.adapter.notes["contexts"] = list(rome_contexts(self.model, config.seed))
-            if config.use_statistics:
-                width = self.model.anatomy.key_width[self._layer]
-                if config.corpus is None:
-                    # Built-in texts have about twenty tokens each.
-                    texts = plain_texts(max(2000, int(config.tokens_per_width * width / 8)))
-                else:
-                    texts = corpus_texts(config.corpus)
-                plan = StatisticsPlan(tokens_per_width=config.tokens_per_width)
-                found = key_statistics(self.model, [self._layer], texts, plan, progress=progress)
-                self._statistics = found[self._layer]
+    def _ridge(self, layer: int) -> float:
+        return 0.0
 
-    def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
-        return Written(tuple(self._write_one(edit) for edit in edits))
+    def _past_weight(self, layer: int) -> float:
+        return self.config.preservation
 
-    def _write_one(self, edit: Edit) -> int:
-        assert isinstance(self.adapter, DeltaAdapter)
-        config = self.config
-        settings = ValueSettings(
-            config.steps, config.learning_rate, config.weight_decay, config.clamp, config.kl_factor, config.stop_loss
-        )
-        contexts = self.adapter.notes["contexts"][: config.contexts]
-        value = find_target_value(self.model, self._layer, edit, contexts, settings, full_forward=config.full_forward)
-        mean_key = value.keys.mean(0).double().cpu()
-        direction = mean_key if self._statistics is None else self._statistics.solve(mean_key[:, None])[:, 0]
-        direction = direction / direction.norm()
-        wanted = (value.initial + value.delta).double().cpu()
-        if config.variant == "original":
-            key, present = value.keys[0].double().cpu(), value.initial.double().cpu()
-        else:
-            key, present = mean_key, value.outputs.mean(0).double().cpu()
-        strength = float(direction @ key)
-        if abs(strength) < 1e-8:
-            raise NumericsError(
-                f"the key of {edit.subject!r} is orthogonal to its own direction; its edit would explode"
-            )
-        factor = (wanted - present) / strength
-        change = WeightChange(self._path, (edit.id,), factor.float()[:, None], direction.float()[:, None])
-        self.adapter.add(self.adapter.measured([change], [edit.prompt], self.model))
-        return value.steps
+    def _texts(self) -> tuple[str, ...]:
+        return rome_contexts(self.model, self.config.seed)
+
+    def _weights(self, count: int) -> Tensor:
+        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+
+    def _metric(self, layer: int) -> Metric:
+        return super()._metric(layer) if self.config.use_statistics else lambda keys: keys
+
+    def _missing(self, value: TargetValue) -> Tensor:
+        if self.config.variant == "original":
+            return value.delta  # v* − W k, both of the bare prompt
+        return value.initial + value.delta - value.outputs.mean(0)
+
+    def _solve(self, layer: int, residual: Tensor, keys: Sequence[Tensor]) -> tuple[Solution, Tensor]:
+        solution, mean = super()._solve(layer, residual, keys)
+        if self.config.variant == "original":
+            strength, usual = (float(key @ solution.right[:, 0]) for key in (keys[0][0], mean[:, 0]))
+            if abs(strength) < 1e-8:
+                raise NumericsError(
+                    "the bare prompt's key is orthogonal to the direction of this edit: it would explode"
+                )
+            solution = replace(solution, left=residual / strength, condition=abs(usual / strength))
+        return solution, mean

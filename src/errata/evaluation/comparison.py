@@ -7,6 +7,7 @@ is made again.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from errata.adapters import AutoAdapter
 from errata.edit import Edit
-from errata.editors import Editor, editor_class
+from errata.editors import Editor, EditorConfig, editor_class
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.controls import no_op_control, random_control
 from errata.evaluation.figures import comparison_figure, save_figure
@@ -74,13 +75,17 @@ class Comparison:
         self.edits = list(edits[: self.checkpoints[-1]])
         self.folder, self.texts, self.controls = folder, list(texts), controls
         self.settings = {name: dict((settings or {}).get(name, {})) for name in self.methods}
-        self.configs = {
-            name: editor_class(name).Config.for_model(model, **self.settings[name]) for name in self.methods
-        }
+        self.configs = {name: self._config(name) for name in self.methods}
         self.provenance = run_provenance(model, {name: config.to_record() for name, config in self.configs.items()})
         self.examination = Examination(model, self.edits, max_new_tokens)
         self._head_path = folder / "comparison.json"
         self._rows = RowFile(folder / "rows.jsonl", {"method", "of", "baseline", "edits"})
+
+    def _config(self, method: str) -> EditorConfig:
+        """A method's settings. Collapse is what a comparison is to show: the guard says when, and refuses nothing."""
+        given = self.settings[method]
+        config: EditorConfig = editor_class(method).Config.for_model(self.model, **given)
+        return config if "guard" in given else dataclasses.replace(config, guard="warn")
 
     def _reachable(self, checkpoints: Sequence[int], most: int) -> list[int]:
         if not checkpoints or min(checkpoints) < 1 or not most:

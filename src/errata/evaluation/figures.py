@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "comparison_figure", "retention_figure", "save_figure", "scores_figure", "styled_figure", "svg"]
+__all__ = [
+    "COLOURS",
+    "comparison_figure",
+    "retention_figure",
+    "save_figure",
+    "scores_figure",
+    "styled_figure",
+    "svg",
+    "trace_figure",
+]
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -143,4 +152,23 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         else:
             axis.set_ylim(-0.03, 1.05)
     axes[0].legend(fontsize=9, loc="lower left")
+    return figure
+
+
+def trace_figure(trace: Mapping[str, Any]) -> Figure:
+    """Average indirect effects by layer, at each place of a causal trace (the record of a `CausalTrace`)."""
+    from matplotlib.ticker import MaxNLocator
+
+    places = list(trace["effects"])
+    figure, axes = styled_figure(4.2 * len(places), 3.2, 1, len(places))
+    for axis, place in zip(axes, places, strict=True):
+        for number, (kind, values) in enumerate(trace["effects"][place].items()):
+            errors = trace["errors"][place][kind]
+            colour, layers = COLOURS[number], range(len(values))
+            axis.plot(layers, values, marker=_MARKERS[number], color=colour, label=kind)
+            low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+            axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="layer", ylabel="indirect effect", title=f"at the {place}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=8)
     return figure

@@ -252,6 +252,7 @@ class Checkpoint:
         forgetting: mean over edits of the best earlier success minus the success now.
         perplexity: on held-out text, NaN if none was given; seconds: spent editing so far.
         batch_size: edits written together; a checkpoint ends a batch early.
+        guard: after how many edits the guard gave each of its verdicts first; empty where nothing is guarded.
     """
 
     edits: int
@@ -265,6 +266,7 @@ class Checkpoint:
     applied: int
     refused: int
     batch_size: int = 1
+    guard: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds_per_edit(self) -> float:
@@ -283,6 +285,7 @@ class Checkpoint:
             "edits_applied": self.applied,
             "edits_refused": self.refused,
             "batch_size": self.batch_size,
+            "guard": self.guard,
         }
 
 
@@ -314,6 +317,7 @@ class _Progressed:
     best: list[float] = field(default_factory=list)
     applied: int = 0
     refused: int = 0
+    guard: dict[str, int] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -368,6 +372,8 @@ def run_sequence(
             state.prepare_seconds += outcome.prepare_seconds
             state.applied += len(outcome.applied)
             state.refused += len(outcome.refused)
+            for record in outcome.guard:
+                state.guard.setdefault(record.verdict, state.done + len(batch))
             for own, others in examination.ask_targets(batch):
                 general = [_mean(others, 0), _mean(others, 2)] if others else None
                 state.immediate.append({"reliability": [own[0], own[2]], "generalization": general})
@@ -394,6 +400,7 @@ def run_sequence(
                 applied=state.applied,
                 refused=state.refused,
                 batch_size=editor.config.batch_size,
+                guard=dict(state.guard),
             ),
             state.to_record(),
         )

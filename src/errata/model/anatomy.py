@@ -31,7 +31,16 @@ from errata.errors import AnatomyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Anatomy", "AnatomyDeclaration", "find_anatomy", "input_width", "is_linear", "output_width", "weight_of"]
+__all__ = [
+    "Anatomy",
+    "AnatomyDeclaration",
+    "find_anatomy",
+    "input_width",
+    "is_linear",
+    "mlp_projections",
+    "output_width",
+    "weight_of",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -222,6 +231,16 @@ def _attention_output_of(block: nn.Module, attention: str, hidden: int, where: s
             f"{hidden}). Candidate modules:\n{_describe(block)}\nName it: AnatomyDeclaration(attention_output=...)"
         )
     return writers[-1]
+
+
+def mlp_projections(model: PreTrainedModel, mlp_output: str) -> tuple[str, ...]:
+    """The linear layers of an MLP, given the path of its output projection: that one, and those declared beside it.
+
+    Beside it stands what feeds it (gate and up, c_fc, fc1, ...); where that is kept elsewhere, there is only the one.
+    """
+    parent = mlp_output.rpartition(".")[0]
+    beside = model.get_submodule(parent).named_children()
+    return tuple(_join(parent, name) for name, module in beside if is_linear(module))
 
 
 def _join(*parts: str) -> str:

@@ -1,13 +1,13 @@
-"""A tail in which only the answer is run: what stands before a prompt's last token is read once and kept.
+"""A tail in which only the end of each row is run: what stands before its first change is read once and kept.
 
-A memory that acts from the last prompt token on leaves the beginnings of prompts as they were, in every block. Their
-keys and values are then put on a KV cache that never changes, and each training step runs only the places whose
-prediction is asked for: two or three tokens of a row instead of all of them. What many rows begin with (the texts
-that editors put in front of prompts) is read once for all of them.
+A memory that acts from the last prompt token on, or a value sought for the subject's last token, leaves what stands
+before it as it was, in every block. The keys and values of those beginnings are put on a KV cache that never changes,
+and each training step runs the rest: two or three tokens of a row instead of all of them, where answers alone are
+changed. What many rows begin with (the texts that editors put in front of prompts) is read once for all of them.
 
 Whether a model can be run so is found by trying, once per layer: without a change both ways must give the same
-predictions. Where they do not (encoders, recurrent states, caches of another make), and while other adapters are
-attached, whose routes need whole prompts, the whole row is recorded as `Tail` does it.
+predictions. Where they do not (encoders, recurrent states, caches of another make), and while adapters are attached
+whose routes need whole prompts, the whole row is recorded as `Tail` does it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _kept(kind: type[DynamicLayer]) -> type[DynamicLayer]:
 
 @dataclass(frozen=True)
 class _AnswerBatch(TokenBatch):
-    """Rows from their prompts' last token on; `before` marks the real tokens that stand on the cache already."""
+    """Rows from the first token that may change on; `before` marks the real tokens that stand on the cache already."""
 
     cache: DynamicCache
     before: Tensor
@@ -65,23 +65,32 @@ class _AnswerBatch(TokenBatch):
 
 
 class AnswerTail(Tail):
-    """The part of a model that a change from the last prompt token on can reach.
+    """The part of a model that a change can reach which begins within the prompt, by default at its last token.
 
     `Recording.batch` holds those columns alone, with positions and prompt lengths as in the whole rows.
     """
 
     @torch.no_grad()
-    def record(self, batch: TokenBatch) -> Recording:
-        if self.full or self.model.is_encoder_decoder or self.model.adapters or int(batch.prompt_lengths.max()) < 2:
+    def record(self, batch: TokenBatch, begins: Tensor | None = None) -> Recording:
+        """Run the whole model once over a batch and keep what the tail needs.
+
+        Args:
+            begins: [rows], position of the first token that a change acts on, within the prompt.
+
+        Raises:
+            TailError: blocks and final norm do not reproduce what the trunk returns.
+        """
+        begins = batch.prompt_lengths - 1 if begins is None else begins.to(batch.prompt_lengths)
+        if self.full or self.model.is_encoder_decoder or int(begins.max()) < 1 or not self.model.treats_rows_alike:
             return super().record(batch)
         verdicts = self.model.verdicts
-        shared = _shared_beginnings(batch)
+        shared = _shared_beginnings(batch, begins)
         for leads in (shared, None) if shared else (None,):
             verdict = f"answers alone {self.first}" + (", beginnings shared" if leads else "")
             if not verdicts.get(verdict, True):
                 continue
-            with self.model.sequences.suspended():  # there is nobody to route
-                answers = self._begun(batch, leads)
+            with self.model.sequences.unfollowed():
+                answers = self._begun(batch, begins, leads)
                 recording = None if answers is None else super().record(answers)
             if recording is None:
                 verdicts[verdict] = False
@@ -92,17 +101,19 @@ class AnswerTail(Tail):
                 return recording
         return super().record(batch)
 
-    def _begun(self, batch: TokenBatch, leads: _Leads | None = None) -> TokenBatch | None:
+    def _begun(self, batch: TokenBatch, begins: Tensor, leads: _Leads | None = None) -> TokenBatch | None:
         """The rest of the rows, on a cache of their beginnings; None if the model keeps another kind of cache.
 
         What rows have in common, `leads`, is read once. Then padding may stand in the middle of what they attend to,
         which a window that slides over the cache would count.
         """
-        earlier, later = _earlier(batch), batch.mask.bool() & ~_earlier(batch)
+        real = batch.mask.bool()
+        earlier = real & (batch.positions < begins.unsqueeze(1))
+        later = real & ~earlier
         cache, before = None, batch.mask[:, :0]
         if leads is not None:
             apart, own = batch.of_rows(leads.first_with), leads.length_of[leads.first_with].unsqueeze(1)
-            cache, mask = self._read(*_packed(apart, _earlier(apart) & (apart.positions < own), left=True))
+            cache, mask = self._read(*_packed(apart, apart.mask.bool() & (apart.positions < own), left=True))
             if cache is None or {type(layer) for layer in cache.layers} != {DynamicLayer}:
                 return None
             for layer in cache.layers:
@@ -151,20 +162,15 @@ class _Leads:
     length_of: Tensor
 
 
-def _earlier(batch: TokenBatch) -> Tensor:
-    """[rows, columns], True on what stands before a prompt's last token."""
-    return batch.mask.bool() & (batch.positions < (batch.prompt_lengths - 1).unsqueeze(1))
-
-
-def _shared_beginnings(batch: TokenBatch) -> _Leads | None:
+def _shared_beginnings(batch: TokenBatch, begins: Tensor) -> _Leads | None:
     """For each row the beginning by which most tokens are saved, None where it would not be many.
 
-    A prompt's last two tokens are never part of it, so that each row that has one also has tokens behind it.
+    The last token before `begins` [rows] is never part of it: each row that has one also has a token of its own there.
     """
     rows = [ids[real].tolist() for ids, real in zip(batch.ids, batch.mask.bool(), strict=True)]
     beginnings = [
-        [tuple(ids[:length]) for length in range(_LEAST_SHARED, prompt - 1)]
-        for ids, prompt in zip(rows, batch.prompt_lengths.tolist(), strict=True)
+        [tuple(ids[:length]) for length in range(_LEAST_SHARED, begin)]
+        for ids, begin in zip(rows, begins.tolist(), strict=True)
     ]
     having = Counter(beginning for own in beginnings for beginning in own)
     chosen = [max(own, key=lambda shared: len(shared) * (having[shared] - 1), default=()) for own in beginnings]
@@ -174,9 +180,9 @@ def _shared_beginnings(batch: TokenBatch) -> _Leads | None:
         if own:
             first.setdefault(own, row)
     numbers = {own: number for number, own in enumerate(first)}
-    left = [prompt - 1 - len(own) for prompt, own in zip(batch.prompt_lengths.tolist(), chosen, strict=True)]
+    left = [begin - len(own) for begin, own in zip(begins.tolist(), chosen, strict=True)]
     apart = max(map(len, chosen)) * len(first) + max(left) * len(chosen)
-    if apart > _WORTHWHILE * len(chosen) * (int(batch.prompt_lengths.max()) - 1):
+    if apart > _WORTHWHILE * len(chosen) * int(begins.max()):
         return None
     device = batch.ids.device
     first_with = torch.zeros(len(chosen), dtype=torch.bool, device=device)

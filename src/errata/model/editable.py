@@ -244,6 +244,13 @@ class EditableModel:
         """The architecture's own name in its configuration, such as "llama"."""
         return str(getattr(self.model.config, "model_type", "unknown"))
 
+    @property
+    def treats_rows_alike(self) -> bool:
+        """True when what is attached acts on all rows of a batch in the same way: by changes of weight alone."""
+        edited = (module for module in self.model.modules() if isinstance(module, EditedLinear))
+        is_routed = any(one.is_routed for layer in edited for one in layer.contributions)
+        return not (is_routed or self.sequences.is_selecting)
+
     def module(self, path: str) -> nn.Module:
         found: nn.Module = self.model.get_submodule(path)
         return found

@@ -69,6 +69,8 @@ class EditedLinear(nn.Module):
         self.weight = base.weight
         self.bias = getattr(base, "bias", None)
         self.is_transposed = isinstance(base, Conv1D)
+        if (weight := weight_of(base)).dim() == 2:  # a contribution that changes no weight may stand beside a norm
+            self.out_features, self.in_features = weight.shape  # as other libraries ask for them
         self.contributions: list[Contribution] = []
         # For sets of contributions: their versions, and the base weight with their changes.
         self._merged: dict[tuple[Contribution, ...], tuple[tuple[int, ...], Tensor]] = {}

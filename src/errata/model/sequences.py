@@ -334,6 +334,7 @@ class SequenceTracker:
     def __init__(self, model: PreTrainedModel, trunk: nn.Module) -> None:
         self.current: ForwardPass | None = None
         self.is_suspended = False
+        self._is_unfollowed = False
         self.owners: dict[object, str] = {}
         self._selected: frozenset[str] | tuple[frozenset[str], ...] | None = None  # for all, or for each sequence
         self._model = model
@@ -404,6 +405,15 @@ class SequenceTracker:
             self.is_suspended = before
 
     @contextmanager
+    def unfollowed(self) -> Iterator[None]:
+        """Follow nothing for a while, where nobody is routed; what is attached goes on changing weights."""
+        before, self._is_unfollowed = self._is_unfollowed, True
+        try:
+            yield
+        finally:
+            self._is_unfollowed = before
+
+    @contextmanager
     def prompts(self, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
         """Announce how many real tokens of each row are prompt; what follows is an answer being scored.
 
@@ -415,6 +425,11 @@ class SequenceTracker:
             yield
         finally:
             self._announced = before
+
+    @property
+    def is_selecting(self) -> bool:
+        """True while sequences that begin get adapters of their own."""
+        return self._selected is not None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -487,7 +502,7 @@ class SequenceTracker:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.current = None
         names = kwargs.pop("adapter_names", None)  # PEFT's argument, which not every forward would take
-        if self.is_suspended:
+        if self.is_suspended or self._is_unfollowed:
             return
         with self.selecting(names):
             self._follow(args, kwargs)

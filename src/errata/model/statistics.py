@@ -6,6 +6,9 @@ serves all layers, the token budget is a multiple of the key width (2506.04226: 
 amount is enough), and the result is kept under a fingerprint of everything it depends on.
 
 The first token of each text is left out: it acts as an attention sink whose key is an outlier.
+
+The eigenvectors of C, of which AlphaEdit needs those that ordinary keys hardly use, are computed when first asked for
+and kept beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +36,10 @@ from errata.progress import NO_PROGRESS, Progress
 if TYPE_CHECKING:
     from errata.model.editable import EditableModel
 
-__all__ = ["KeyStatistics", "StatisticsPlan", "key_statistics"]
+__all__ = ["KeyStatistics", "NullSpace", "StatisticsPlan", "key_statistics"]
 
 _FORMAT = 2
+_TOKENS_FOR_A_NULL_SPACE = 10  # per dimension
 
 
 class _Enough(Exception):
@@ -64,6 +68,27 @@ class StatisticsPlan:
 
 
 @dataclass(frozen=True)
+class NullSpace:
+    """The directions that ordinary keys hardly use: eigenvectors of C with small eigenvalues.
+
+    Attributes:
+        basis: [width, any], float64: the space's own orthonormal directions, or the others where those are fewer.
+        inside: whether `basis` are the space's own.
+        rank: dimension of the space; share: of the squared norm of ordinary keys, what lies in it.
+    """
+
+    basis: Tensor
+    inside: bool
+    rank: int
+    share: float
+
+    def project(self, keys: Tensor) -> Tensor:
+        """P keys for keys [width, n]."""
+        part = self.basis @ (self.basis.T @ keys.to(self.basis))
+        return part if self.inside else keys.to(self.basis) - part
+
+
+@dataclass(frozen=True)
 class KeyStatistics:
     """Second moment of one layer's keys.
 
@@ -73,6 +98,7 @@ class KeyStatistics:
         mean: E[k], [width], float64.
         cholesky: lower factor of the shrunk C, float64.
         tokens: how many keys went in.
+        file: where they are kept, if anywhere; their eigenvectors are kept beside them.
     """
 
     layer: int
@@ -80,10 +106,69 @@ class KeyStatistics:
     mean: Tensor
     cholesky: Tensor
     tokens: int
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, layer: int, second_moment: Tensor, mean: Tensor, tokens: int, shrinkage: float) -> KeyStatistics:
+        """From moments [width, width] and [width], float64."""
+        width = len(mean)
+        shrunk = second_moment + shrinkage * second_moment.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+        return cls(layer, second_moment, mean, torch.linalg.cholesky(shrunk), tokens)
 
     def solve(self, keys: Tensor) -> Tensor:
         """C⁻¹ keys for keys [width, n], by two triangular solves."""
-        return torch.cholesky_solve(keys.to(self.cholesky), self.cholesky)
+        # cholesky_solve would copy the factor first, which takes longer than both solves.
+        half = torch.linalg.solve_triangular(self.cholesky, keys.to(self.cholesky), upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.cholesky.mT, half, upper=True)
+        return solved
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of C in ascending order, [width], and eigenvectors as columns, [width, width]; float64."""
+        kept = None if self.file is None else self.file.with_suffix(".spectrum.safetensors")
+        if kept is None or not kept.exists():
+            values, vectors = torch.linalg.eigh(self.second_moment)
+            if kept is not None:
+                _write(kept, {"values": values, "vectors": vectors}, {"format": str(_FORMAT)})
+            return values, vectors
+        try:
+            tensors = load_file(kept)
+            return tensors["values"], tensors["vectors"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ArtifactError(
+                f"the eigenvectors in {kept} cannot be read ({error}); delete the file to make them again"
+            ) from error
+
+    def null_space(self, threshold: float, *, relative: bool) -> NullSpace:
+        """What ordinary keys hardly use.
+
+        Args:
+            threshold: the largest eigenvalue of C that counts as none; `relative`: the largest share of the trace of C
+                that the space may hold instead, which means the same whatever the scale of the keys.
+
+        Raises:
+            NumericsError: too few tokens went into C, so that most of what they do not span would only be what was not
+                read; or no direction, or every one, is below the threshold.
+        """
+        width = len(self.mean)
+        if self.tokens < _TOKENS_FOR_A_NULL_SPACE * width:
+            raise NumericsError(
+                f"layer {self.layer}: {self.tokens} keys of width {width} are too few to tell what ordinary keys do "
+                f"not use; read at least {_TOKENS_FOR_A_NULL_SPACE} tokens per dimension "
+                f"({_TOKENS_FOR_A_NULL_SPACE * width:,}): raise tokens_per_width, or give a larger corpus"
+            )
+        values, vectors = self.spectrum()
+        shares = values.cumsum(0) / values.sum()
+        rank = int((shares <= threshold).sum() if relative else (values < threshold).sum())
+        if not 0 < rank < width:
+            raise NumericsError(
+                f"layer {self.layer}: {'no' if rank == 0 else 'every'} direction of the keys is below the threshold of "
+                f"the null space, {threshold:g} ({'relative' if relative else 'absolute'}); the eigenvalues go from "
+                f"{float(values[0]):.2g} to {float(values[-1]):.2g}, the median is {float(values[width // 2]):.2g}"
+            )
+        inside = 2 * rank <= width
+        # A copy, so that the other eigenvectors need not stay.
+        basis = (vectors[:, :rank] if inside else vectors[:, rank:]).clone()
+        return NullSpace(basis, inside, rank, float(shares[rank - 1]))
 
 
 def _corpus_digest(texts: Sequence[str]) -> str:
@@ -125,6 +210,7 @@ def _read(path: Path, layer: int) -> KeyStatistics:
                 file.get_tensor("mean"),
                 file.get_tensor("cholesky"),
                 tokens,
+                path,
             )
     except Exception as error:
         raise ArtifactError(
@@ -266,13 +352,14 @@ def _collect(
                 f"the corpus gave {count} keys for a key width of {width}: fewer than one per dimension. Give more "
                 f"text (about {int(plan.tokens_per_width * width):,} tokens)"
             )
-        second_moment = sums[layer] / count
-        shrunk = second_moment + plan.shrinkage * second_moment.diagonal().mean() * torch.eye(
-            width, dtype=torch.float64
-        )
-        statistics = KeyStatistics(layer, second_moment, means[layer] / count, torch.linalg.cholesky(shrunk), count)
-        tensors = {"second_moment": second_moment, "mean": statistics.mean, "cholesky": statistics.cholesky}
-        _write(folder / f"{names[layer]}.safetensors", tensors, {"tokens": str(count), "format": str(_FORMAT)})
-        results[layer] = statistics
+        statistics = KeyStatistics.of(layer, sums[layer] / count, means[layer] / count, count, plan.shrinkage)
+        path = folder / f"{names[layer]}.safetensors"
+        tensors = {
+            "second_moment": statistics.second_moment,
+            "mean": statistics.mean,
+            "cholesky": statistics.cholesky,
+        }
+        _write(path, tensors, {"tokens": str(count), "format": str(_FORMAT)})
+        results[layer] = replace(statistics, file=path)
     state_path.unlink(missing_ok=True)
     return results

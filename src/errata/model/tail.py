@@ -18,6 +18,7 @@ tests and the baseline in benchmarks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,17 @@ class Tail:
     Args:
         model: the model to run, in the state in which the edit will be used.
         layers: the layers whose MLP output projection will be changed; the lowest one decides where the tail begins.
+        residual: take changes of the lowest layer as changes of what leaves its block, in place of its MLP's output.
         full: run whole forward passes instead (slow; for comparison).
     """
 
-    def __init__(self, model: EditableModel, layers: int | tuple[int, ...], *, full: bool = False) -> None:
+    def __init__(
+        self, model: EditableModel, layers: int | tuple[int, ...], *, residual: bool = False, full: bool = False
+    ) -> None:
         self.model = model
         chosen = (layers,) if isinstance(layers, int) else layers
         self.layers = tuple(sorted({model.anatomy.layer(layer) for layer in chosen}))
+        self.residual = residual
         self.full = full
 
     @property
@@ -133,9 +138,15 @@ class Tail:
         """Run the whole model once over a batch and keep what the tail needs.
 
         Raises:
-            TailError: blocks and final norm do not reproduce what the trunk returns.
+            TailError: blocks and final norm do not reproduce what the trunk returns, or something attached beside that
+                norm answers in the model's place, so that nothing could be learned from its answers.
         """
         anatomy = self.model.anatomy
+        if anatomy.final_norm and getattr(self.model.module(anatomy.final_norm), "is_edited_linear", False):
+            raise TailError(
+                "an adapter is attached that answers in the model's place (serac); detach it while other edits are "
+                "trained, and attach it again"
+            )
         inputs: dict[int, Tensor] = {}
         kept: dict[str, Any] = {}
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -188,7 +199,9 @@ class Tail:
         once per model and layer.
         """
         verdict, verdicts = f"narrowed {self.first}", self.model.verdicts
-        if self.full or self.model.is_encoder_decoder or self.model.adapters or not verdicts.get(verdict, True):
+        if self.full or self.model.is_encoder_decoder or not verdicts.get(verdict, True):
+            return None
+        if not self.model.treats_rows_alike:  # whose routes the rows took is not told by shapes
             return None
         found = _of_rows(recording, kept)
         if verdict not in verdicts:
@@ -199,10 +212,10 @@ class Tail:
         return found if verdicts[verdict] else None
 
     def _agree(self, one: Recording, other: Recording, kept: Tensor | None = None) -> bool:
-        """Whether two recordings predict the same answers, no change made; `kept` are the other's rows that one has."""
-        rows, columns, _ = one.batch.answer_places()
+        """Whether two recordings say the same behind prompts, no change made; `kept` are the other's rows one has."""
+        rows, columns = one.batch.saying_places()
         found = self.run(one, {}, rows, columns).float()
-        rows, columns, _ = other.batch.answer_places()
+        rows, columns = other.batch.saying_places()
         if kept is not None:
             mine = kept.to(rows.device)[rows]
             rows, columns = rows[mine], columns[mine]
@@ -259,6 +272,18 @@ class Tail:
         with self.model.sequences.entered(recording.forward_pass):
             return _states(self._blocks()[index](states, *args, **kwargs))
 
+    def _leaving(self, change: Change | None) -> AbstractContextManager[None]:
+        """A context in which what leaves the lowest block is changed."""
+
+        def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            assert change is not None
+            states = _states(output)
+            changed = states + change(states).to(states)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        after = {} if change is None else {self.model.anatomy.blocks[self.first]: probe}
+        return probing(self.model.model, after=after)
+
     def run(
         self, recording: Recording, changes: Mapping[int, Change] | Change, rows: Tensor, columns: Tensor
     ) -> Tensor:
@@ -267,6 +292,7 @@ class Tail:
         Args:
             changes: per layer, a function from the inputs of its MLP output projection, [rows, columns, key
                 width], to what is added to its output, [rows, columns, hidden]; a bare function means the lowest layer.
+                (With `residual`, that of the lowest layer is given what leaves its block, [rows, columns, hidden].)
             rows, columns: the places, [places] each.
         """
         return self.model.head(self.states(recording, changes, rows, columns))
@@ -277,17 +303,21 @@ class Tail:
         """What the vocabulary head reads at the given places, [places, hidden]."""
         per_layer = {self.first: changes} if callable(changes) else dict(changes)
         by_path = {self._path(layer): change for layer, change in per_layer.items()}
+        at_block = by_path.pop(self._path(self.first), None) if self.residual else None
         if self.full:
             self.model.sequences.acquire()
             try:
-                with adding(self.model.model, by_path, len(recording.batch.ids)):
+                with adding(self.model.model, by_path, len(recording.batch.ids)), self._leaving(at_block):
                     states = self.model.answer_states(recording.batch)
                 return states[rows.to(states.device), columns.to(states.device)]
             finally:
                 self.model.sequences.release()
         start = 0
         states = recording.entering
-        if self._additive and self.first in per_layer:
+        if at_block is not None:
+            states = recording.leaving + at_block(recording.leaving).to(recording.leaving)
+            start = 1
+        elif self._additive and self.first in per_layer:
             change = per_layer[self.first](recording.inputs[self.first])
             states = recording.leaving + change.to(recording.leaving)
             del by_path[self._path(self.first)]

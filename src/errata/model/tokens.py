@@ -80,6 +80,13 @@ class TokenBatch:
         """Rows and columns of the logits that predict answer tokens, and the tokens they should predict; [n] each."""
         return self._places_from(self.prompt_lengths - 1)
 
+    def saying_places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns from the last token of each prompt on, where what comes next is said; [n] each."""
+        rows, columns = (self.mask.bool() & (self.positions >= self.prompt_lengths.unsqueeze(1) - 1)).nonzero(
+            as_tuple=True
+        )
+        return rows, columns
+
     def text_places(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same for all tokens that are predicted from others, prompt or answer."""
         return self._places_from(torch.zeros_like(self.prompt_lengths))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import shutil
 import tempfile
 import weakref
@@ -54,11 +55,18 @@ _ELSEWHERE = Edit(prompt="Zed was born in", target="Berlin", subject="Zed")
 
 # Settings under which the built-in methods write something into a tiny model at once; nothing need take.
 _COMPANIONS: dict[str, dict[str, Any]] = {
+    "alphaedit": {"layers": (1,), "steps": 5, "contexts": 0, "tokens_per_width": 12.0},
+    "emmet": {"layers": (1,), "steps": 5, "contexts": 0, "tokens_per_width": 2.0},
     "ft": {"steps": 5},
     "grace": {"steps": 5, "radius": 0.3},
     "melo": {"steps": 5, "radius": 0.3},
+    "lora": {"steps": 5},
+    "memit": {"layers": (1,), "steps": 5, "contexts": 0, "tokens_per_width": 2.0},
     "memoir": {"steps": 5, "contexts": 0, "threshold": 0.3},
+    "mend": {"network": "untrained", "step": 0.03},
     "rome": {"steps": 5, "contexts": 0, "tokens_per_width": 2.0},
+    "serac": {"encoder": "words", "threshold": 0.9},
+    "simie": {"inner_settings": {"steps": 5, "contexts": 0, "tokens_per_width": 2.0}},
     "wise": {"steps": 5, "contexts": 0, "learning_rate": 0.1},
 }
 
@@ -230,6 +238,34 @@ def going_on_after_load(case: Case) -> None:
     second.edit(EDITS[2:])
     whole, _ = case.edited
     _same(_logits(whole, _PROMPTS), _logits(model, _PROMPTS), "in one go against in two")
+
+
+def taken_back(case: Case) -> None:
+    """What changes weights can be set back to an earlier state, bit for bit, while it is attached; further edits then
+    end where they would without what came between."""
+    model = case.model()
+    editor = case.make_editor(model)
+    adapter = editor.adapter
+    if not adapter.changes_weights:  # no batch of a routed method is taken back
+        return
+    editor.edit(EDITS[:1])
+    tensors, state = adapter._state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(state), adapter.memory_version
+    logits, restore = _logits(model, _PROMPTS), adapter.snapshot()
+    editor.edit([EDITS[1]])
+    restore()
+    tensors, state = adapter._state()
+    _check((json.dumps(state), adapter.memory_version) == before[1:], "what was set back has another state")
+    _check(adapter.edits() == list(EDITS[:1]), "what was set back has other edits")
+    _check(tensors.keys() == before[0].keys(), "what was set back has other tensors")
+    _check(all(torch.equal(tensors[name], before[0][name]) for name in tensors), "a tensor was written to in place")
+    _same(logits, _logits(model, _PROMPTS), "after setting back")
+    editor.edit(EDITS[2:])
+    other = case.model()
+    plain = case.make_editor(other)
+    for edits in (EDITS[:1], EDITS[2:]):
+        plain.edit(edits)
+    _same(_logits(other, _PROMPTS), _logits(model, _PROMPTS), "going on after setting back")
 
 
 def revert_one(case: Case) -> None:
@@ -602,6 +638,7 @@ _CHECKS: tuple[Callable[[Case], None], ...] = (
     loaded_equals_fresh,
     going_on_after_load,
     calls_equal_one_call,
+    taken_back,
     revert_one,
     revert_all,
     batch_equals_singles,
