@@ -328,8 +328,8 @@ def test_doctor_explains_a_model_it_cannot_take(tmp_path: Path) -> None:
         (["compare", "--checkpoints", ""], "ConfigError", "from 1 up"),
         (["compare", "--model", "{model}"], "ConfigError", "only atlas brings its own"),
         (["compare", "--model", "atlas_x"], "ConfigError", "only atlas brings its own"),
-        (["compare", "--methods", ""], "ConfigError", "there are ft, grace"),
-        (["compare", "--methods", "", "--set", "x.y=1"], "ConfigError", "there are ft, grace"),
+        (["compare", "--methods", ""], "ConfigError", "there are alphaedit, emmet"),
+        (["compare", "--methods", "", "--set", "x.y=1"], "ConfigError", "there are alphaedit, emmet"),
         (["compare", "--out", "{edits}"], "ConfigError", "is a file"),
         (["edit", "--edits", "{edits}", "--model", "no/such/model", "--out", "{edits}"], "ConfigError", "is a file"),
         (["edit", "--edits", "{edits}", "--model", "no/such/model", "--out", "{edits}/x"], "ConfigError", "is a file"),
@@ -576,4 +576,5 @@ def test_the_tail_benchmark_has_its_ratios(monkeypatch: pytest.MonkeyPatch) -> N
     found = run("bench", "tail")
     assert found["name"] == "tail"
     assert found["ratios"].keys() == {"tail_vs_full", "tail_vs_full_24"}
-    assert all(row["largest_difference_of_logits"] < 1e-4 for row in found["rows"])
+    # Changes are kept in bfloat16, in which a last place is a few thousandths of an entry.
+    assert all(row["largest_difference_of_logits"] < 2e-3 for row in found["rows"])
