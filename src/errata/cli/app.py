@@ -174,7 +174,9 @@ def evaluate(
 @app.command()
 @guarded(kept="finished rows are kept, and the same command goes on with the others")
 def compare(
-    methods: Annotated[str, typer.Option(help="Methods with commas between them.")] = "ft,rome,memoir",
+    methods: Annotated[str, typer.Option(help="Methods with commas between them; METHOD@LABEL for a second run.")] = (
+        "ft,rome,memoir"
+    ),
     edits: Annotated[Path | None, typer.Option(help="File of edits; on atlas, its own world if not given.")] = None,
     model: ModelName = "atlas",
     checkpoints: Annotated[str, typer.Option(help="Numbers of edits at which everything is asked.")] = "1,10,100",
@@ -185,7 +187,8 @@ def compare(
     ),
     text: Text = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of one method: method.name=value.")
+        list[str] | None,
+        typer.Option("--set", help="A setting of one run: rome.steps=50, rome@original.variant=original."),
     ] = None,
     controls: Annotated[bool, typer.Option(help="Also run no-op edits and random content.")] = True,
     max_new_tokens: MaxNewTokens = 32,
@@ -194,7 +197,11 @@ def compare(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run several methods on the same edits in the same order; a table and a figure. Resumable after a kill."""
+    """Run several methods on the same edits in the same order; a table and a figure. Resumable after a kill.
+
+    One method runs under several settings as METHOD@LABEL: --methods rome,rome@original --set
+    rome@original.variant=original.
+    """
     from errata.cli.measuring import compare as run
 
     run(

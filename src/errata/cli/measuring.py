@@ -145,8 +145,8 @@ def compare(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    from errata.editors import editor_class, editor_names
-    from errata.evaluation import Comparison
+    from errata.editors import editor_names, method_of
+    from errata.evaluation import HORIZON, Comparison
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
@@ -159,7 +159,7 @@ def compare(
             raise ConfigError(f"--set {pair!r} must name one of the methods: write --set {names[0]}.steps=50")
         per_method[method] |= parse_settings([rest])
     for name in names:
-        editor_class(name)
+        method_of(name)
     check_out(out)
     if edits_path is None:
         if model_name not in ATLAS_NAMES:
@@ -190,6 +190,7 @@ def compare(
             shares = "  ".join(f"{name} {_number(row[name]['generated'])}" for name in _NAMES[:3])
             log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
     chosen = comparison.chosen(rows)
+    horizons = comparison.horizons(chosen)
     figure = out / "comparison.png"
 
     def words() -> None:
@@ -204,11 +205,14 @@ def compare(
             ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
             table.add_row(*plain(row["method"], str(row["edits"]), *cells, *ends))
         Console().print(table)
+        told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
+        print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
         print(f"figure: {figure}")
 
     record = {
         "model": model.model_id,
         "rows": chosen,
+        "horizons": horizons,
         "figure": str(figure),
         "folder": str(out),
         "notes": list(comparison.notes),

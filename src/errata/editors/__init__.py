@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from errata.editors.base import AppliedEdit, Editor, EditorConfig, EditOutcome, RefusedEdit
-from errata.editors.registry import editor_class, editor_names
+from errata.editors.registry import editor_class, editor_names, method_of
 from errata.model import EditableModel
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "editor",
     "editor_class",
     "editor_names",
+    "method_of",
 ]
 
 

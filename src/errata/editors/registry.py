@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
 from errata.errors import ConfigError, unknown_name
 
-__all__ = ["GROUP", "editor_class", "editor_names"]
+__all__ = ["GROUP", "editor_class", "editor_names", "method_of"]
 
 GROUP = "errata.editors"
 
@@ -55,3 +56,19 @@ def editor_class(name: str) -> Any:
         raise ConfigError(unknown_name("method", name, targets))
     module, _, attribute = targets[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def method_of(run: str) -> str:
+    """The method of a run's name, which is METHOD, or METHOD@LABEL where one method is run under several settings.
+
+    Raises:
+        ConfigError: the label is empty or no name for a folder; the method does not exist.
+    """
+    method, sign, label = run.partition("@")
+    if sign and not _LABEL.fullmatch(label):
+        raise ConfigError(f"{run!r}: what stands behind @ must be letters, digits, _ and -, as in rome@original")
+    editor_class(method)
+    return method

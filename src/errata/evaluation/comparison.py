@@ -14,20 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.adapters import AutoAdapter
+from errata.adapters import Adapter, AutoAdapter
 from errata.edit import Edit
-from errata.editors import Editor, EditorConfig, editor_class
+from errata.editors import Editor, EditorConfig, editor_class, method_of
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.controls import no_op_control, random_control
 from errata.evaluation.figures import comparison_figure, save_figure
-from errata.evaluation.metrics import finite_or_none
+from errata.evaluation.metrics import finite_or_none, held_until
 from errata.evaluation.protocol import Examination, Result, run_sequence
 from errata.evaluation.provenance import run_provenance
 from errata.evaluation.rows import RowFile, digest, write_json
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["Comparison"]
+__all__ = ["HORIZON", "Comparison"]
+
+HORIZON = 0.8  # reliability, generated, below which a method no longer holds what it was told
 
 
 class Comparison:
@@ -38,13 +40,13 @@ class Comparison:
 
     Args:
         model: the base model; nothing may be attached to it.
-        methods: a method named twice is run once.
+        methods: a method named twice is run once; METHOD@LABEL runs it again under settings of its own.
         edits: applied in this order by every method.
         checkpoints: numbers of edits at which everything is asked. They end batches: with a batch size of 100,
             checkpoints 1 and 10 make batches of 1, 9 and then 90 or 100.
         folder: where rows, adapters and the figure go.
         texts: held-out text for perplexity.
-        settings: per method, settings that differ from the default.
+        settings: per method, as it is named in `methods`, settings that differ from the default.
         controls: also run no-op edits and random content for each method, at the last checkpoint.
 
     Attributes:
@@ -84,7 +86,7 @@ class Comparison:
     def _config(self, method: str) -> EditorConfig:
         """A method's settings. Collapse is what a comparison is to show: the guard says when, and refuses nothing."""
         given = self.settings[method]
-        config: EditorConfig = editor_class(method).Config.for_model(self.model, **given)
+        config: EditorConfig = editor_class(method_of(method)).Config.for_model(self.model, **given)
         return config if "guard" in given else dataclasses.replace(config, guard="warn")
 
     def _reachable(self, checkpoints: Sequence[int], most: int) -> list[int]:
@@ -177,6 +179,21 @@ class Comparison:
         mine = [r for r in rows if r["of"] in order and r["edits"] in self.checkpoints]
         return sorted(mine, key=lambda r: (r["baseline"] and r["method"] != "unedited", order[r["of"]], r["edits"]))
 
+    def horizons(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Per run, up to how many `edits` reliability (generated, of all of them) stays at `HORIZON` or above, between
+        checkpoints on a line, and whether it `fell` below at all; if not, the number is a lower bound."""
+        found: dict[str, dict[str, Any]] = {}
+        for method in self.methods:
+            points = [(row["edits"], row["reliability"]["generated"]) for row in rows if row["method"] == method]
+            if points:
+                edits, fell = held_until(points, HORIZON)
+                found[method] = {"edits": edits, "fell": fell}
+        return found
+
+    def _editor(self, method: str, adapter: Adapter | None = None) -> Editor[Any]:
+        made: Editor[Any] = editor_class(method_of(method))(self.model, self.configs[method], adapter=adapter)
+        return made
+
     def _unedited(self, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
         missing = [c for c in self.checkpoints if ("unedited", c) not in done]
         if not missing:
@@ -197,7 +214,7 @@ class Comparison:
             state = None  # a checkpoint was added that the earlier run has passed, or its row is gone: begin again
         adapter = None if state is None else AutoAdapter.from_pretrained(place / f"adapter-{state['done']}")
         self.examination.ask_base(progress=progress)
-        editor: Editor[Any] = editor_class(method)(self.model, self.configs[method], adapter=adapter)
+        editor = self._editor(method, adapter)
         try:
             for checkpoint, after in run_sequence(
                 editor, self.examination, self.checkpoints, texts=self.texts, resume=state, progress=progress
@@ -236,7 +253,7 @@ class Comparison:
                 adapter.detach()
             yield self._rows.append(self._control_row(control.to_record(), method))
         if (no_op, last) not in done:
-            editor: Editor[Any] = editor_class(method)(self.model, self.configs[method])
+            editor = self._editor(method)
             control = no_op_control(editor, self.examination, self.texts, progress)
             yield self._rows.append(self._control_row(control.to_record(), method))
 

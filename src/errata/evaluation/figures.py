@@ -26,6 +26,7 @@ __all__ = [
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
+_DASHES = ("-", "--", ":", "-.")
 
 
 def styled_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -112,12 +113,18 @@ def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figu
 
 
 def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Each method over the number of sequential edits: three properties, and perplexity of held-out text."""
+    """Each method over the number of sequential edits: three properties, and perplexity of held-out text.
+
+    Runs of one method (METHOD@LABEL) share colour and marker and differ by their dashes. Intervals are drawn for up to
+    six runs; more of them would hide each other.
+    """
     from matplotlib.ticker import LogFormatter
 
-    methods = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
+    runs = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
+    methods = list(dict.fromkeys(run.partition("@")[0] for run in runs))
     unedited = [row for row in rows if row["method"] == "unedited"]
-    figure, axes = styled_figure(9.0, 6.4, 2, 2)
+    is_crowded = len(runs) > 6
+    figure, axes = styled_figure(9.0, 7.4 if is_crowded else 6.4, 2, 2)
     titles = ("reliability", "generalization", "locality", "perplexity")
     subtitles = ("the edited prompt", "wordings never shown", "other prompts unchanged", "held-out text, log scale")
     for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
@@ -125,12 +132,25 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         def value(row: Mapping[str, Any], name: str = name) -> float:
             return _number(row["perplexity"] if name == "perplexity" else row[name]["generated"])
 
-        for number, method in enumerate(methods):
-            own = [row for row in rows if row["method"] == method]
+        for run in runs:
+            own = [row for row in rows if row["method"] == run]
             counts = [row["edits"] for row in own]
+            method = run.partition("@")[0]
+            number = methods.index(method)
+            among = [other for other in runs if other.partition("@")[0] == method].index(run)
             colour = COLOURS[number % len(COLOURS)]
-            axis.plot(counts, [value(r) for r in own], marker=_MARKERS[number % 7], color=colour, label=method)
-            if name != "perplexity":
+            axis.plot(
+                counts,
+                [value(r) for r in own],
+                _DASHES[among % len(_DASHES)],
+                marker=_MARKERS[number % 7],
+                markerfacecolor=colour if number < 7 else "white",
+                color=colour,
+                label=run,
+                markersize=4 if is_crowded else 6,
+                linewidth=1.1 if is_crowded else 1.5,
+            )
+            if name != "perplexity" and not is_crowded:
                 low = [r[name]["generated_interval"][0] for r in own]
                 high = [r[name]["generated_interval"][1] for r in own]
                 if None not in low and None not in high:
@@ -151,7 +171,11 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.yaxis.set_minor_formatter(LogFormatter())  # which labels the places between few decades only
         else:
             axis.set_ylim(-0.03, 1.05)
-    axes[0].legend(fontsize=9, loc="lower left")
+    if is_crowded:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=6, handlelength=3.0)
+    else:
+        axes[0].legend(fontsize=9, loc="lower left")
     return figure
 
 

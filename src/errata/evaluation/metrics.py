@@ -10,6 +10,7 @@ Two ways of asking are always kept apart:
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import string
@@ -25,6 +26,7 @@ __all__ = [
     "bootstrap_mean",
     "contains",
     "finite_or_none",
+    "held_until",
     "normalise",
     "same_text",
     "token_accuracy",
@@ -159,3 +161,17 @@ class Score:
             "generated_interval": [_rounded(self.generated.low), _rounded(self.generated.high)],
             "edits": self.generated.count,
         }
+
+
+def held_until(points: Sequence[tuple[int, float]], level: float) -> tuple[float, bool]:
+    """Up to how many edits a share stays at a level or above it, and whether it fell below it at all.
+
+    Args:
+        points: (edits, share) at each checkpoint, ascending; between two of them the share is taken to be on a line.
+    """
+    if not points or points[0][1] < level:
+        return 0.0, True
+    for (count, before), (later, after) in itertools.pairwise(points):
+        if after < level:
+            return round(count + (before - level) / (before - after) * (later - count)), True
+    return points[-1][0], False

@@ -15,12 +15,13 @@ from typing import Any
 from errata.adapters import Adapter
 from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
+from errata.errors import ConfigError
 from errata.evaluation.metrics import Score, answers_exactly, contains, finite_or_none, same_text, token_accuracy
 from errata.model import EditableModel, Passage
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["PROTOCOL", "AskedEdit", "Checkpoint", "Examination", "Result", "run_sequence"]
+__all__ = ["PROTOCOL", "AskedEdit", "Checkpoint", "Examination", "Result", "Singles", "run_sequence", "run_singles"]
 
 PROTOCOL = "errata-1"
 
@@ -404,3 +405,41 @@ def run_sequence(
             ),
             state.to_record(),
         )
+
+
+@dataclass(frozen=True)
+class Singles:
+    """What edits do alone: each of them was written into an empty adapter, asked about, and taken out again.
+
+    Attributes:
+        result: a refused edit was asked about all the same, without having been made.
+        seconds: spent editing, all together.
+    """
+
+    result: Result
+    applied: int
+    refused: int
+    seconds: float
+
+
+def run_singles(editor: Editor[Any], examination: Examination, progress: Progress = NO_PROGRESS) -> Singles:
+    """Make every edit of the examination as if it were the only one, and ask about it.
+
+    Args:
+        editor: its adapter is attached and holds nothing. It goes back to that, bit for bit, after every edit.
+    """
+    if editor.adapter.edits():
+        raise ConfigError("the adapter holds edits already; single edits are made into an empty one")
+    examination.ask_base(editor.adapter)
+    editor.prepare(progress)
+    empty = editor.adapter.snapshot()
+    asked: list[AskedEdit] = []
+    applied, seconds = 0, 0.0
+    progress.start(f"{editor.name}: single edits", len(examination.edits))
+    for edit in examination.edits:
+        outcome = editor.edit([edit])
+        applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
+        asked += examination.ask([edit]).asked
+        empty()
+        progress.advance()
+    return Singles(Result(asked), applied, len(asked) - applied, seconds)

@@ -132,6 +132,12 @@ _STUDIES = (
         "errata.studies.signals:routing",
     ),
     Study(
+        "single-edits",
+        "What does each weight editor do with one edit, before any two of them meet?",
+        "eight methods, 100 edits each, every one made alone and taken back; 15 minutes",
+        "errata.studies.weights:singles",
+    ),
+    Study(
         "grace-radius",
         "Can a wider radius make GRACE general without costing it locality?",
         "six radii, 100 edits each; 8 minutes",

@@ -20,7 +20,7 @@ from errata.editors.memoir import MemoirConfig
 from errata.errors import ConfigError
 from errata.evaluation import Result
 from errata.evaluation.figures import COLOURS, styled_figure
-from errata.evaluation.metrics import answers_exactly, bootstrap_mean
+from errata.evaluation.metrics import answers_exactly, bootstrap_mean, held_until
 from errata.model.anatomy import weight_of
 from errata.routing import TopHashRouter, chance_overlap, relative_threshold
 from errata.studies.figures import INK, dots, label_ends, lines, property_lines, ticks, titled
@@ -525,7 +525,7 @@ def long(bench: Workbench) -> StudyResult:
         parameters = sum(weight_of(bench.model.module(path)).numel() for path in adapter.contributions())
     for row in rows:
         row |= {"edits_per_width": row["edits"] / width, "per_thousand_parameters": 1000 * row["edits"] / parameters}
-    held, is_full = _capacity(rows)
+    held, is_full = held_until([(row["edits"], row["reliability"]) for row in rows], _HELD)
     per_thousand = 1000 * held / parameters
     found = (
         f"{held:,.0f} edits at reliability {_HELD} or more, {'then it is full' if is_full else 'and it is not full'}: "
@@ -561,17 +561,6 @@ def long(bench: Workbench) -> StudyResult:
             Published("15,000 edits, 1.05 of the key width", {"reliability": 0.87}, _SOURCE),
         ],
     )
-
-
-def _capacity(rows: Sequence[Mapping[str, Any]]) -> tuple[float, bool]:
-    """Edits up to which reliability stays at `_HELD`, between checkpoints on a line, and whether that is the end."""
-    if rows[0]["reliability"] < _HELD:
-        return 0.0, True
-    for before, after in itertools.pairwise(rows):
-        if after["reliability"] < _HELD:
-            way = (before["reliability"] - _HELD) / (before["reliability"] - after["reliability"])
-            return round(before["edits"] + way * (after["edits"] - before["edits"])), True
-    return rows[-1]["edits"], False
 
 
 # --- more layers ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from errata.evaluation import Examination, Result
 from errata.evaluation.metrics import answers_exactly, bootstrap_mean
 from errata.studies.figures import dots
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import Arm, StudyResult, Workbench, cell, measured, share
+from errata.studies.workbench import StudyResult, Workbench, cell, measured, share
 
 __all__ = ["revert"]
 
@@ -31,7 +31,7 @@ def revert(bench: Workbench) -> StudyResult:
     rows = []
     for method in methods:
         own = whole_shards(bench, len(edits)) if method == "wise" else None
-        arm = Arm({"method": method}, method, bench.given(method, own))
+        arm = bench.arm(method, own)
         with bench.edited(arm, edits, [len(edits)]) as adapter:
             make = functools.partial(_without_some, bench, adapter, edits, order)
             rows.append({**arm.label, **bench.row(arm, edits, {"reverted": order}, make)})

@@ -99,7 +99,7 @@ def _runs(bench: Workbench, edits: Sequence[Edit], ask: Ask) -> list[dict[str, A
             settings: Mapping[str, Any] = own.get(method, {})
             if method == "wise":
                 settings = {**settings, **whole_shards(bench, count)}
-            arm = Arm({"method": method}, method, bench.given(method, settings))
+            arm = bench.arm(method, settings)
             with bench.edited(arm, edits[:count], [count]) as adapter:
                 asked = edits[:count]
                 row = bench.row(arm, asked, "texts", functools.partial(ask, asked, adapter))

@@ -63,7 +63,7 @@ def triangle(bench: Workbench) -> StudyResult:
     most = bench.count(300, quick=4)
     edits = bench.edits(most)
     counts = [count for count in (1, 10, 100, 300, 1000, 3000) if count < len(edits)] + [len(edits)]
-    arms = {method: Arm({"method": method}, method, bench.given(method)) for method in methods}
+    arms = {method: bench.arm(method) for method in methods}
     rows: list[dict[str, Any]] = []
     for method, arm in arms.items():
         if method != "wise":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from errata.adapters import Adapter, AutoAdapter
 from errata.atlas.shipped import ATLAS_NAMES
 from errata.edit import Edit
-from errata.editors import EditorConfig, editor_class
+from errata.editors import EditorConfig, editor_class, method_of
 from errata.errors import ConfigError, unknown_name
 from errata.evaluation import Comparison, Examination, finite_or_none, run_provenance
 from errata.evaluation.figures import save_figure
@@ -44,6 +44,7 @@ __all__ = [
     "Workbench",
     "cell",
     "measured",
+    "properties",
     "scores",
     "share",
 ]
@@ -130,23 +131,30 @@ class Arm:
     settings: Mapping[str, Any]
 
 
-def scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a comparison as a study shows it: generated unless it says forced, final unless it says at once.
+def properties(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A `Result`'s record as a study shows it: generated unless it says forced.
 
     `near_locality` is locality on the same relation asked of other subjects, `average` the mean of the three
     properties as far as they were asked.
     """
-    flat: dict[str, Any] = {"edits": row["edits"]}
+    flat: dict[str, Any] = {"edits": record["edits"]}
     for name in PROPERTIES:
-        flat[name] = row[name]["generated"]
-        flat[f"{name}_interval"] = row[name]["generated_interval"]
-        flat[f"{name}_forced"] = row[name]["teacher_forced"]
+        flat[name] = record[name]["generated"]
+        flat[f"{name}_interval"] = record[name]["generated_interval"]
+        flat[f"{name}_forced"] = record[name]["teacher_forced"]
     known = [flat[name] for name in PROPERTIES if flat[name] is not None]
-    near = row["locality_by_kind"].get("same_relation")
+    near = record["locality_by_kind"].get("same_relation")
     return {
         **flat,
         "average": sum(known) / len(known) if known else None,
         "near_locality": None if near is None else near["generated"],
+    }
+
+
+def scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a comparison as a study shows it: final unless it says at once."""
+    return {
+        **properties(row),
         "at_once": row["immediate"]["reliability"]["generated"],
         "refused": row["edits_refused"],
         "seconds_per_edit": row["seconds_per_edit"],
@@ -213,10 +221,10 @@ class Workbench:
         return found.edits
 
     def methods(self, usual: Sequence[str]) -> list[str]:
-        """The methods of a study that compares them."""
+        """The runs of a study that compares methods, each METHOD or METHOD@LABEL."""
         names = list(dict.fromkeys(self.options.methods or usual))
         for name in names:
-            editor_class(name)
+            method_of(name)
         self._know(names)
         return names
 
@@ -243,6 +251,10 @@ class Workbench:
                 f"{self.study.name} varies {method}.{clash[0]} itself; leave --set {method}.{clash[0]} out"
             )
         return [Arm({column: name}, method, {**(own or {}), **given, **own_}) for name, own_ in values.items()]
+
+    def arm(self, run: str, own: Mapping[str, Any] | None = None) -> Arm:
+        """The arm of one of `methods`, under the user's settings of that name before the study's own."""
+        return Arm({"method": run}, method_of(run), self.given(run, own))
 
     def _know(self, names: Sequence[str]) -> None:
         for method in self.options.settings:
