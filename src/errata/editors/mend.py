@@ -5,8 +5,9 @@ asked and what they must leave alone:
 
     L = c_edit · −log p(y | x′; W̃) + c_loc · KL(p(· | x_loc; W) ‖ p(· | x_loc; W̃))
 
-with x′ another wording of the edit, x_loc an unrelated prompt and W̃ = W − α Σ g̃ ũᵀ. An edit then costs one forward
-and one backward pass through the last blocks, and the network's own; its change has the rank of its tokens.
+with x′ another wording of the edit, x_loc an unrelated prompt, or x′ with the target behind it, and W̃ = W − α Σ g̃ ũᵀ.
+An edit then costs one forward and one backward pass through the last blocks, and the network's own; its change has the
+rank of its tokens.
 
 What we do differently. Training never copies a weight: each row of a batch is answered with its own edit's factors
 beside the layers, so the edits of a step run side by side. Only blocks from the lowest edited one up run more than
@@ -71,7 +72,8 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
         "rank": 128,
         "learning_rate": 3e-4,
         "steps": 3000,
-        "source": "MEND, layers and losses; rank, rates and steps ours, docs/methods/mend.md",
+        "edit_weight": 0.3,
+        "source": "MEND, layers and losses; rank, rates, steps and c_edit ours, docs/methods/mend.md",
     },
     ("gpt2", 48, 1600): _PAPER,
     ("gptj", 28, 4096): _PAPER,
@@ -291,9 +293,11 @@ class _Mending:
         rows, columns, labels = batch.answer_places()
         target = rows < len(edits)
         rows, columns, labels = rows[target], columns[target], labels[target]
-        # All that is predicted from the prompt's last token on, also what follows the answer.
-        predicting = batch.mask.bool() & (batch.positions >= batch.prompt_lengths.unsqueeze(1) - 1)
-        predicting[: len(edits)] = False
+        # Of other questions all that is predicted from the prompt's last token on, also what follows the answer; of the
+        # edit's own only that: the model shall go on behind the target as it would have.
+        real = batch.mask.bool()
+        predicting = real & (batch.positions >= batch.prompt_lengths.unsqueeze(1) - 1)
+        predicting[: len(edits)] &= real[: len(edits)].flip(1).cumsum(1).flip(1) == 1
         other_rows, other_columns = predicting.nonzero(as_tuple=True)
         with torch.no_grad():
             before = self.model.head(self.tail.states(recording, {}, other_rows, other_columns)).float().log_softmax(-1)
