@@ -254,6 +254,8 @@ def test_compare_prints_rows_and_resumes(model: str, edits: str, tmp_path: Path)
     wanted = {"method", "edits", "reliability", "generalization", "locality", "perplexity", "seconds_per_edit"}
     assert all(wanted <= row.keys() for row in rows)
     assert run(*arguments)["rows"] == rows
+    assert found["horizons"].keys() == {"ft"}
+    assert "until reliability falls under 0.8: ft" in words(*arguments)
     assert "comparison.png" in words(*arguments)
     assert run(*arguments, "--checkpoints", "1,3,9")["notes"] == ["there are 3 edits: asked at 3 instead of 9"]
 

@@ -13,6 +13,7 @@ from errata.evaluation.metrics import (
     bootstrap_mean,
     contains,
     finite_or_none,
+    held_until,
     normalise,
     same_text,
     token_accuracy,
@@ -158,3 +159,11 @@ def test_kinds_of_probes_are_averaged_per_edit_first() -> None:
 
     score = Result([asked([wrong, wrong, wrong]), asked([right])]).by_kind("locality")["unrelated"]
     assert (score.generated.value, score.generated.count) == (0.5, 2)
+
+
+def test_how_long_a_share_stays_up_is_counted_on_a_line_between_checkpoints() -> None:
+    falls = [(100, 1.0), (200, 0.95), (300, 0.85)]
+    assert held_until(falls, 0.9) == (250, True)
+    assert held_until(falls[:2], 0.9) == (200, False)
+    assert held_until([(100, 0.5)], 0.9) == (0.0, True)
+    assert held_until([(1, 1.0), (10, 0.5), (20, 1.0)], 0.75) == (round(1 + 9 / 2), True), "it may not come back"

@@ -15,7 +15,7 @@ from errata.editors import EditOutcome
 from errata.editors.ft import FineTune
 from errata.editors.guard import Guard
 from errata.errors import ArtifactError, ConfigError, NumericsError
-from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence
+from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence, run_singles
 from errata.evaluation.controls import no_op_control, no_op_edits, random_control
 from errata.evaluation.report import RunReport, _examples, write_report
 from errata.model import EditableModel
@@ -309,6 +309,59 @@ def test_a_comparison_has_every_method_and_baseline_and_a_figure(tmp_path: Path)
     made = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))["provenance"]
     assert made["settings"]["ft"]["steps"] == 60
     assert made["settings"].keys() == {"ft", "memoir"}
+
+
+def test_one_method_is_compared_under_several_settings(tmp_path: Path) -> None:
+    settings = {"ft": FT, "ft@short": {**FT, "steps": 1}}
+    comparison = comparison_of(tmp_path, [1, 3], methods=["ft", "ft@short"], settings=settings, controls=False)
+    rows = comparison.chosen(list(comparison.run()))
+    assert [row["method"] for row in rows[2:]] == ["ft", "ft", "ft@short", "ft@short"]
+    assert {name: record["steps"] for name, record in comparison.provenance["settings"].items()} == {
+        "ft": 60,
+        "ft@short": 1,
+    }
+    assert (tmp_path / "ft@short" / "adapter-3").is_dir()
+    again = comparison_of(tmp_path, [1, 3], methods=["ft@short"], settings=settings, controls=False)
+    assert again.chosen(list(again.run())) == [*rows[:2], *rows[4:]]
+    with pytest.raises(ConfigError, match="other settings of ft@short"):
+        list(comparison_of(tmp_path, [1], methods=["ft@short"], controls=False).run())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("ft@", "behind @"), ("ft@a/b", "behind @"), ("ft@v1.2", "behind @"), ("fr@a", "unknown method 'fr'")],
+)
+def test_a_run_is_named_by_a_method_and_a_label_that_can_name_a_folder(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        comparison_of(tmp_path, [1], methods=[name])
+
+
+def test_horizons_are_where_reliability_falls(tmp_path: Path) -> None:
+    def row(method: str, edits: int, share: float) -> dict[str, Any]:
+        return {"method": method, "edits": edits, "reliability": {"generated": share}}
+
+    comparison = comparison_of(tmp_path, [1, 3], methods=["ft", "memoir"])
+    rows = [row("ft", 1, 1.0), row("ft", 3, 0.6), row("no-op (ft)", 3, 0.0), row("memoir", 1, 1.0)]
+    assert comparison.horizons(rows) == {"ft": {"edits": 2, "fell": True}, "memoir": {"edits": 1, "fell": False}}
+
+
+def test_single_edits_leave_nothing_behind_for_the_next() -> None:
+    model = tiny_model("llama")
+    exam = Examination(model, EDITS, max_new_tokens=5)
+    editor = FineTune(model, **FT)
+    made = run_singles(editor, exam)
+    assert (made.applied, made.refused, editor.adapter.edits()) == (3, 0, [])
+    assert made.result.reliability.teacher_forced.value == 1.0
+    editor.adapter.detach()
+    for number, edit in enumerate(EDITS):
+        alone = FineTune(model, **FT)
+        alone.edit([edit])
+        assert exam.ask([edit]).asked[0] == made.result.asked[number]
+        alone.adapter.detach()
+    held = FineTune(model, **FT)
+    held.edit(EDITS[:1])
+    with pytest.raises(ConfigError, match="holds edits already"):
+        run_singles(held, exam)
 
 
 def test_finished_rows_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

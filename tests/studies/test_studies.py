@@ -17,6 +17,7 @@ from errata.datasets import write_edits
 from errata.edit import Edit
 from errata.editors import Editor
 from errata.errors import ArtifactError, ConfigError
+from errata.evaluation.metrics import held_until
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
 from errata.studies import studies, study
@@ -185,18 +186,29 @@ def test_collisions_count_what_masks_share(run: Callable[..., StudyResult]) -> N
 
 
 def test_capacity_is_counted_in_parameters_of_the_memory(run: Callable[..., StudyResult]) -> None:
-    from errata.studies.memoir import _capacity
-
     found = run("memoir-long", edits=4)
     assert [row["edits"] for row in found.rows] == [2, 4]
     assert found.numbers["memory_parameters"] == 32 * 96
-    assert (found.numbers["capacity_edits"], bool(found.numbers["is_full"])) == _capacity(found.rows)
+    held = held_until([(row["edits"], row["reliability"]) for row in found.rows], 0.9)
+    assert (found.numbers["capacity_edits"], bool(found.numbers["is_full"])) == held
     assert found.rows[-1]["per_thousand_parameters"] == pytest.approx(4000 / (32 * 96))
     assert found.rows[-1]["edits_per_width"] == pytest.approx(4 / 96)
-    falls = [{"edits": n, "reliability": share} for n, share in ((100, 1.0), (200, 0.95), (300, 0.85))]
-    assert _capacity(falls) == (250, True)
-    assert _capacity(falls[:2]) == (200, False)
-    assert _capacity([{"edits": 100, "reliability": 0.5}]) == (0.0, True)
+
+
+def test_single_edits_are_each_made_into_an_empty_adapter(
+    run: Callable[..., StudyResult], no_more_edits: Callable[[], None]
+) -> None:
+    settings = {"ft": FT, "ft@short": {**FT, "steps": 1}}
+    options = {"methods": ("ft", "ft@short"), "settings": settings, "edits": 3}
+    found = run("single-edits", **options)
+    rows = {row["method"]: row for row in found.rows}
+    assert rows.keys() == {"ft", "ft@short"}
+    assert rows["ft"]["reliability_forced"] == 1.0
+    assert rows["ft@short"]["reliability_forced"] < 1.0
+    assert {row["edits"] for row in found.rows} == {3}
+    assert found.provenance["settings"]["ft@short"]["steps"] == 1
+    no_more_edits()
+    assert run("single-edits", **options).rows == found.rows
 
 
 def test_edits_are_shared_out_over_layers(run: Callable[..., StudyResult], no_more_edits: Callable[[], None]) -> None:
