@@ -318,7 +318,7 @@ def invented(count: int) -> list[Edit]:
 
 
 TRAINING = SeracTraining(
-    width=32, heads=2, batch_size=16, steps=250, learning_rate=5e-3, validate_every=250, validation=20
+    width=32, heads=2, batch_size=16, steps=600, learning_rate=5e-3, validate_every=600, validation=20
 )
 
 
@@ -327,7 +327,7 @@ def trained(fingerprint: str, family: str, seed: int) -> Path:
     """Folder of a network that was trained for a tiny model in seconds."""
     place = tempfile.TemporaryDirectory(prefix="errata-serac-")
     _KEPT.append(place)
-    data = TrainingData.of(invented(400), "invented", TRAINING)
+    data = TrainingData.of(invented(1000), "invented", TRAINING)
     Serac.train(tiny_model(family, seed), data, Path(place.name), TRAINING)
     return Path(place.name)
 

@@ -17,6 +17,7 @@ from errata.editors.guard import Guard
 from errata.errors import ArtifactError, ConfigError, NumericsError
 from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence, run_singles
 from errata.evaluation.controls import no_op_control, no_op_edits, random_control
+from errata.evaluation.metrics import contains
 from errata.evaluation.report import RunReport, _examples, write_report
 from errata.model import EditableModel
 from errata.testing import tiny_model
@@ -343,6 +344,25 @@ def test_horizons_are_where_reliability_falls(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path, [1, 3], methods=["ft", "memoir"])
     rows = [row("ft", 1, 1.0), row("ft", 3, 0.6), row("no-op (ft)", 3, 0.0), row("memoir", 1, 1.0)]
     assert comparison.horizons(rows) == {"ft": {"edits": 2, "fell": True}, "memoir": {"edits": 1, "fell": False}}
+
+
+def test_a_run_that_has_fallen_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tiny model goes on talking behind its answers.
+    monkeypatch.setattr("errata.evaluation.protocol.answers_exactly", contains)
+    settings = {"ft": FT, "ft@short": {**FT, "steps": 1}}
+    given = {"methods": ["ft", "ft@short"], "settings": settings}
+    comparison = comparison_of(tmp_path, [1, 2, 3], stop_below=0.5, **given)
+    rows = comparison.chosen(list(comparison.run()))
+    assert [row["edits"] for row in rows if row["method"] == "ft"] == [1, 2, 3]
+    assert [row["edits"] for row in rows if row["of"] == "ft@short"] == [1]
+    assert comparison.stopped == {"ft@short": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTune, "_write", None)
+        again = comparison_of(tmp_path, [1, 2, 3], stop_below=0.5, **given)
+        assert again.chosen(list(again.run())) == rows
+    whole = comparison_of(tmp_path, [1, 2, 3], controls=False, **given)
+    found = whole.chosen(list(whole.run()))
+    assert [row["edits"] for row in found if row["method"] == "ft@short"] == [1, 2, 3]
 
 
 def test_single_edits_leave_nothing_behind_for_the_next() -> None:

@@ -191,6 +191,9 @@ def compare(
         typer.Option("--set", help="A setting of one run: rome.steps=50, rome@original.variant=original."),
     ] = None,
     controls: Annotated[bool, typer.Option(help="Also run no-op edits and random content.")] = True,
+    stop_below: Annotated[
+        float, typer.Option(min=0, max=1, help="Go on with no method whose reliability has fallen below this share.")
+    ] = 0.0,
     max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
@@ -205,8 +208,8 @@ def compare(
     from errata.cli.measuring import compare as run
 
     run(
-        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, controls, max_new_tokens, strict,
-        device, dtype, as_json,
+        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, controls, stop_below,
+        max_new_tokens, strict, device, dtype, as_json,
     )  # fmt: skip
 
 

@@ -139,6 +139,7 @@ def compare(
     settings: list[str],
     seed: int,
     controls: bool,
+    stop_below: float,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
@@ -180,6 +181,7 @@ def compare(
         settings=per_method,
         controls=controls,
         max_new_tokens=max_new_tokens,
+        stop_below=stop_below,
     )
     for note in comparison.notes:
         log(note)
@@ -189,6 +191,8 @@ def compare(
             rows.append(row)
             shares = "  ".join(f"{name} {_number(row[name]['generated'])}" for name in _NAMES[:3])
             log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
+    for name, count in comparison.stopped.items():
+        log(f"{name} stopped at {count} edits: reliability is below {stop_below:g} (--stop-below 0 goes on)")
     chosen = comparison.chosen(rows)
     horizons = comparison.horizons(chosen)
     figure = out / "comparison.png"
@@ -213,6 +217,7 @@ def compare(
         "model": model.model_id,
         "rows": chosen,
         "horizons": horizons,
+        "stopped": comparison.stopped,
         "figure": str(figure),
         "folder": str(out),
         "notes": list(comparison.notes),

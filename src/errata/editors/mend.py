@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -42,15 +41,13 @@ from errata.editors.training import (
     TrainingConfig,
     TrainingData,
     find_trained,
-    run_training,
-    save_trained,
 )
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.anatomy import mlp_projections, weight_of
 from errata.model.probes import adding
 from errata.model.tail import Tail
-from errata.progress import NO_PROGRESS, Progress
+from errata.progress import Progress
 
 __all__ = ["Mend", "MendConfig", "MendTraining", "gradient_rows"]
 
@@ -316,6 +313,12 @@ class _Mending:
             "kept": (before.argmax(-1) == after.argmax(-1)).float().mean(),
         }
 
+    def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        factors = (".inner", ".outer")  # nearly all of the numbers; bfloat16 is enough for them
+        state = self.network.state_dict()
+        tensors = {name: tensor.bfloat16() if name.endswith(factors) else tensor for name, tensor in state.items()}
+        return tensors, {"paths": self.paths, "rank": self.config.rank}
+
     def _changed(self, updates: Mapping[str, FactoredUpdate], whose: Tensor) -> AbstractContextManager[None]:
         """A context in which row i is answered with the change of edit whose[i]."""
         changes = {path: per_row_change(update, whose.to(update.owner)) for path, update in updates.items()}
@@ -378,38 +381,5 @@ class Mend(TrainedEditor[MendConfig]):
         return Written((1,) * len(edits))
 
     @classmethod
-    def train(
-        cls,
-        model: EditableModel,
-        data: TrainingData,
-        out: Path,
-        config: TrainingConfig,
-        *,
-        minutes: float | None = None,
-        command: str = "",
-        progress: Progress = NO_PROGRESS,
-    ) -> dict[str, Any]:
-        assert isinstance(config, MendTraining)
-        if (reason := cls.unsuitable(model)) is not None:
-            raise ConfigError(f"{cls.name} cannot edit {model.model_id}: {reason}")
-        with model.bare():
-            trainee = _Mending(model, config)
-            record = {
-                "paths": trainee.paths,
-                "rank": config.rank,
-                **run_training(
-                    out,
-                    trainee,
-                    data,
-                    config,
-                    {"method": cls.name, "base": model.fingerprint},
-                    minutes=minutes,
-                    command=command,
-                    progress=progress,
-                ),
-            }
-        factors = (".inner", ".outer")  # nearly all of the numbers; bfloat16 is enough for them
-        state = trainee.network.state_dict()
-        kept = {name: tensor.bfloat16() if name.endswith(factors) else tensor for name, tensor in state.items()}
-        save_trained(out, cls.name, model, kept, record)
-        return record
+    def _trainee(cls, model: EditableModel, config: MendTraining) -> _Mending:
+        return _Mending(model, config)

@@ -47,8 +47,6 @@ from errata.editors.training import (
     TrainingConfig,
     TrainingData,
     find_trained,
-    run_training,
-    save_trained,
 )
 from errata.errors import ConfigError, EditError
 from errata.model import EditableModel
@@ -56,7 +54,7 @@ from errata.model.anatomy import weight_of
 from errata.model.probes import probing
 from errata.model.tokens import Passage
 from errata.paths import cache_folder
-from errata.progress import NO_PROGRESS, Progress
+from errata.progress import Progress
 from errata.routing import ScopeRouter, within_class_view
 
 __all__ = ["Scope", "Serac", "SeracConfig", "SeracTraining", "calibrate_scope", "state_that_says"]
@@ -296,6 +294,9 @@ class _Answering:
                 totals[name] = totals.get(name, 0.0) + float(score) * len(batch) / len(edits)
         return totals
 
+    def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.network.state_dict(), {"shape": self.network.shape.to_record(), "separator": self.separator}
+
     def _given(self, edit: Edit, wording: str) -> tuple[list[int], list[int]]:
         """An edit, read as it will be, with a question about it; and the answer with its end."""
         passage = self.model.passage(edit.prompt, edit.target)
@@ -426,27 +427,8 @@ class Serac(TrainedEditor[SeracConfig]):
             }
 
     @classmethod
-    def train(
-        cls,
-        model: EditableModel,
-        data: TrainingData,
-        out: Path,
-        config: TrainingConfig,
-        *,
-        minutes: float | None = None,
-        command: str = "",
-        progress: Progress = NO_PROGRESS,
-    ) -> dict[str, Any]:
-        assert isinstance(config, SeracTraining)
-        if (reason := cls.unsuitable(model)) is not None:
-            raise ConfigError(f"{cls.name} cannot edit {model.model_id}: {reason}")
-        with model.bare():
-            trainee = _Answering(model, config)
-            plan = {"method": cls.name, "base": model.fingerprint}
-            found = run_training(out, trainee, data, config, plan, minutes=minutes, command=command, progress=progress)
-        record = {"shape": trainee.network.shape.to_record(), "separator": trainee.separator, **found}
-        save_trained(out, cls.name, model, trainee.network.state_dict(), record)
-        return record
+    def _trainee(cls, model: EditableModel, config: SeracTraining) -> _Answering:
+        return _Answering(model, config)
 
 
 def _speaks_last(model: EditableModel) -> bool:

@@ -166,6 +166,9 @@ class Trainee(Protocol):
     def examine(self, edits: Sequence[Edit]) -> dict[str, float]:
         """Scores on edits, "loss" among them: what is best has the lowest. Gives the same for the same network."""
 
+    def kept(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """What the editor needs of the network: tensors, and what else is to be known of them, as JSON."""
+
 
 class _Run:
     """One training in one folder: where it stands, and how it is kept.
@@ -431,6 +434,10 @@ class TrainedEditor(Editor[C], Generic[C]):
 
     @classmethod
     @abc.abstractmethod
+    def _trainee(cls, model: EditableModel, config: Any) -> Trainee:
+        """What is trained for a model; the configuration is of the type `Training`."""
+
+    @classmethod
     def train(
         cls,
         model: EditableModel,
@@ -451,4 +458,17 @@ class TrainedEditor(Editor[C], Generic[C]):
 
         Returns:
             The record that was written.
+
+        Raises:
+            ConfigError: this method cannot edit the model, or the folder belongs to another run.
         """
+        if (reason := cls.unsuitable(model)) is not None:
+            raise ConfigError(f"{cls.name} cannot edit {model.model_id}: {reason}")
+        plan = {"method": cls.name, "base": model.fingerprint}
+        with model.bare():
+            trainee = cls._trainee(model, config)
+            run = run_training(out, trainee, data, config, plan, minutes=minutes, command=command, progress=progress)
+            tensors, known = trainee.kept()
+            record = {**known, **run}
+            save_trained(out, cls.name, model, tensors, record)
+        return record

@@ -48,6 +48,7 @@ class Comparison:
         texts: held-out text for perplexity.
         settings: per method, as it is named in `methods`, settings that differ from the default.
         controls: also run no-op edits and random content for each method, at the last checkpoint.
+        stop_below: a run whose reliability (generated) has fallen below this share is not gone on with.
 
     Attributes:
         notes: what differs from what was asked for, in words.
@@ -71,8 +72,10 @@ class Comparison:
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         controls: bool = True,
         max_new_tokens: int = 32,
+        stop_below: float = 0.0,
     ) -> None:
         self.model, self.methods, self.notes = model, list(dict.fromkeys(methods)), list[str]()
+        self.stop_below = stop_below
         self.checkpoints = self._reachable(checkpoints, len(edits))
         self.edits = list(edits[: self.checkpoints[-1]])
         self.folder, self.texts, self.controls = folder, list(texts), controls
@@ -80,6 +83,7 @@ class Comparison:
         self.configs = {name: self._config(name) for name in self.methods}
         self.provenance = run_provenance(model, {name: config.to_record() for name, config in self.configs.items()})
         self.examination = Examination(model, self.edits, max_new_tokens)
+        self._fallen: dict[str, int] = {}  # runs that are not gone on with, and after how many edits
         self._head_path = folder / "comparison.json"
         self._rows = RowFile(folder / "rows.jsonl", {"method", "of", "baseline", "edits"})
 
@@ -163,6 +167,8 @@ class Comparison:
         rows = self._open()
         yield from rows
         done = {(row["method"], row["edits"]) for row in rows}
+        for row in rows:
+            self._note_fall(row)
         parts = [self._unedited(done, progress)]
         for method in self.methods:
             parts.append(self._method(method, done, progress))
@@ -178,6 +184,11 @@ class Comparison:
         order = {name: number for number, name in enumerate(["unedited", *self.methods])}
         mine = [r for r in rows if r["of"] in order and r["edits"] in self.checkpoints]
         return sorted(mine, key=lambda r: (r["baseline"] and r["method"] != "unedited", order[r["of"]], r["edits"]))
+
+    @property
+    def stopped(self) -> dict[str, int]:
+        """Runs that were not gone on with because they fell below `stop_below`, and after how many edits."""
+        return {method: edits for method, edits in self._fallen.items() if edits < self.checkpoints[-1]}
 
     def horizons(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Per run, up to how many `edits` reliability (generated, of all of them) stays at `HORIZON` or above, between
@@ -205,7 +216,7 @@ class Comparison:
             yield self._rows.append({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
 
     def _method(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
-        missing = [c for c in self.checkpoints if (method, c) not in done]
+        missing = [c for c in self.checkpoints if (method, c) not in done and c <= self._fallen.get(method, c)]
         if not missing:
             return
         place = self.folder / method
@@ -224,8 +235,18 @@ class Comparison:
                 if (method, checkpoint.edits) not in done:
                     yield self._rows.append({**row, "memory_version": editor.adapter.memory_version})
                 write_json(place / "state.json", after)
+                if self._note_fall(row):
+                    return
         finally:
             editor.adapter.detach()
+
+    def _note_fall(self, row: Mapping[str, Any]) -> bool:
+        """Whether a run has come to its end with this row, although checkpoints may be left."""
+        method, edits, share = row["method"], row["edits"], row["reliability"]["generated"]
+        if method not in self.methods or share is None or share >= self.stop_below:
+            return False
+        self._fallen[method] = min(edits, self._fallen.get(method, edits))
+        return True
 
     def _state(self, place: Path) -> dict[str, Any] | None:
         path = place / "state.json"
@@ -239,8 +260,11 @@ class Comparison:
         return state
 
     def _controls(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
-        """Baselines of the method at the last checkpoint, from the adapter that was saved there."""
+        """Baselines of the method at the last checkpoint, from the adapter that was saved there; none if it was not
+        reached."""
         last = self.checkpoints[-1]
+        if self._fallen.get(method, last) < last:
+            return
         random_content, no_op = f"random content ({method})", f"no-op ({method})"
         if {(random_content, last), (no_op, last)} <= done:
             return
