@@ -386,13 +386,17 @@ def train_atlas(
 
 
 def draw_curve(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Loss over steps as a picture."""
+    """Loss over steps as a picture, and what it is on edits that are held out, where that was asked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
-    axes.plot(steps, [row["loss"] for row in rows], color="#0072B2", linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log", title=title)
+    axes.plot(steps, [row["loss"] for row in rows], color="#0072B2", linewidth=1, label="training")
+    held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="#D55E00", linewidth=1, markersize=3, label="held out")
+        axes.legend()
+    axes.set(xlabel="step", ylabel="loss" if held_out else "training loss", yscale="log", title=title)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -134,7 +134,7 @@ _STUDIES = (
     Study(
         "single-edits",
         "What does each weight editor do with one edit, before any two of them meet?",
-        "eight methods, 100 edits each, every one made alone and taken back; 15 minutes",
+        "nine methods, 100 edits each, every one made alone and taken back; 20 minutes",
         "errata.studies.weights:singles",
     ),
     Study(

@@ -20,7 +20,8 @@ _METHODS = ("ft", "rome", "memit", "emmet", "alphaedit", "lora", "ultraedit", "s
 
 def singles(bench: Workbench) -> StudyResult:
     """Every method on the same edits, each edit made alone, asked about, and taken back."""
-    names = bench.methods(_METHODS)
+    # MEND edits what a network was trained for, and one comes with errata for atlas.
+    names = bench.methods((*_METHODS, "mend") if bench.model.model_id == "atlas" else _METHODS)
     edits = bench.edits(bench.count(100, quick=2))
     examination = Examination(bench.model, edits)
     rows = []
