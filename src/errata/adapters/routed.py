@@ -22,7 +22,7 @@ from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.edited_linear import Contribution
 from errata.model.probes import capturing_inputs
-from errata.model.scoring import length_batches
+from errata.model.scoring import READ_TOKENS, length_batches
 from errata.model.sequences import ForwardPass
 from errata.routing import Router, TopHashRouter
 
@@ -151,7 +151,7 @@ class RoutedAdapter(Adapter):
     def gathered(self, prompts: Sequence[str], model: EditableModel) -> Iterator[tuple[list[int], Any]]:
         """What the router gathers from prompts as it would while they are read: their numbers and that, per batch."""
         passages = [model.passage(prompt) for prompt in prompts]
-        for indices in length_batches([len(p.ids) for p in passages], 8192):
+        for indices in length_batches([len(p.ids) for p in passages], READ_TOKENS):
             batch = model.batch([passages[i] for i in indices], side="right")
             with (
                 capturing_inputs(model.model, [self.path], len(indices)) as inputs,

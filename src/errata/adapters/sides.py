@@ -33,7 +33,7 @@ from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.edited_linear import Contribution, EditedLinear
 from errata.model.probes import capturing_inputs
-from errata.model.scoring import length_batches
+from errata.model.scoring import READ_TOKENS, length_batches
 from errata.model.sequences import ForwardPass
 from errata.routing import Route, pack, unpack
 from errata.routing.activation import (
@@ -553,7 +553,7 @@ class WiseAdapter(Adapter):
         found: dict[int, Explanation] = {}
         with self._bound(model):
             passages = [model.passage(prompt) for prompt in prompts]
-            for indices in length_batches([len(p.ids) for p in passages], 8192):
+            for indices in length_batches([len(p.ids) for p in passages], READ_TOKENS):
                 batch = model.batch([passages[i] for i in indices], side="right")
                 with (
                     capturing_inputs(model.model, [self.path], len(indices)) as inputs,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from errata.adapters import BaseIdentity, ColumnMemory, RoutedAdapter, RoutedLayer
 from errata.atlas.edits import world_edits
+from errata.benchmarks.models import random_llama
 from errata.benchmarks.routing import SyntheticMasks, fill_store
 from errata.model import EditableModel
 from errata.model.anatomy import output_width
@@ -32,25 +33,6 @@ __all__ = ["run"]
 _SIZES = (0, 1_000, 100_000, 1_000_000)
 _LAYER, _SHARE = 20, 4096 / 14336  # MEMOIR's k/D on Llama-3
 _ROUNDS, _PROMPT, _ANSWER = 9, 128, 16  # tokens of a prompt, tokens written behind it
-
-
-def _model() -> EditableModel:
-    """24 random blocks of hidden size 512 with atlas's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = EditableModel.load("atlas").tokenizer
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=24,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return EditableModel(LlamaForCausalLM(config).eval(), tokenizer, model_id="random-24-512")
 
 
 def _prompts(model: EditableModel, count: int) -> list[Tensor]:
@@ -118,7 +100,7 @@ def run(progress: Progress = NO_PROGRESS, sizes: Sequence[int] = _SIZES) -> dict
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = _model()
+        model = random_llama(24, 512)
         prompts = _prompts(model, 2 * _ROUNDS)
         hits, misses = prompts[:_ROUNDS], prompts[_ROUNDS:]
         adapters = _Adapters(model, sizes[-1], hits, progress)

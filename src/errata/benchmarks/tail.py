@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from errata.atlas.edits import world_edits
+from errata.benchmarks.models import random_llama
 from errata.editors.memoir import Memoir
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
@@ -28,26 +29,6 @@ _EDITS, _STEPS = 6, 25
 # Of the deep model: where its upper third begins, MEMOIR's relative depth (27 of 32), and the deepest published for
 # routed memories (WISE, 29 of 32), whose ratio is the one that is named.
 _DEEP_LAYERS = (16, 20, 22)
-
-
-def _deep_model() -> EditableModel:
-    """24 random blocks of hidden size 256 with atlas's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    atlas = EditableModel.load("atlas")
-    config = LlamaConfig(
-        vocab_size=len(atlas.tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return EditableModel(LlamaForCausalLM(config), atlas.tokenizer, model_id="random-24")
 
 
 def _compare(name: str, model: EditableModel, layer: int, progress: Progress) -> dict[str, Any]:
@@ -91,7 +72,7 @@ def _compare(name: str, model: EditableModel, layer: int, progress: Progress) ->
 def run(progress: Progress = NO_PROGRESS) -> dict[str, Any]:
     """Ratios full / tail: how many times faster an edit is through the tail."""
     rows = [_compare("atlas", EditableModel.load("atlas"), 4, progress)]
-    deep = _deep_model()
+    deep = random_llama(24, 256, "eager")
     name = "random Llama, 24 blocks, hidden size 256"
     rows += [_compare(name, deep, layer, progress) for layer in _DEEP_LAYERS]
     return {"ratios": {"tail_vs_full": rows[0]["ratio"], "tail_vs_full_24": rows[-1]["ratio"]}, "rows": rows}

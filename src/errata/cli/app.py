@@ -136,7 +136,9 @@ def edit(
         "errata-adapter"
     ),
     settings: Setting = None,
-    force: Annotated[bool, typer.Option("--force", help="Keep what the guard calls a collapse all the same.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep what the guard calls a collapse, try what seems too large.")
+    ] = False,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,

@@ -107,7 +107,11 @@ def edit(
     step = max(_SAVE_EVERY, editor.config.batch_size)
     with progress_bar() as progress:
         if waiting:
-            prepare_seconds = editor.prepare(progress)
+            needed = editor.memory_needed(waiting)
+            log(needed.words())
+            if not force:
+                needed.check()
+            prepare_seconds = editor.prepare(progress, force=force)
         for start in range(0, len(waiting), step):
             outcome = editor.edit(waiting[start : start + step], progress, force=force)
             applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from errata.editors.layers import shape_key
 from errata.editors.memit import Joint, JointConfig
+from errata.editors.memory import MemoryPart
 from errata.editors.solving import Metric
 from errata.model import EditableModel
 from errata.model.statistics import NullSpace
@@ -77,6 +78,15 @@ class AlphaEdit(Joint[AlphaEditConfig]):
         self._delta.notes["null_spaces"] = {
             str(layer): {"rank": space.rank, "share": space.share} for layer, space in self._spaces.items()
         }
+
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        squares = [8 * self.model.anatomy.key_width[layer] ** 2 for layer in self._layers]
+        fewer = "edit fewer layers"
+        return [
+            *super()._memory_to_prepare(),
+            MemoryPart("null spaces", sum(squares) // 2, fewer, on_host=True),  # the thinner half is kept
+            MemoryPart("an eigenvalue decomposition", 3 * max(squares), fewer, on_host=True),
+        ]
 
     def _metric(self, layer: int) -> Metric:
         return lambda keys: self._spaces[layer].project(keys)

@@ -20,8 +20,10 @@ from torch import Tensor
 from errata.adapters import Adapter, LayerChange, RevertResult
 from errata.edit import Edit
 from errata.editors.guard import Guard, GuardMode, GuardRecord, guard_words
+from errata.editors.memory import MemoryNeeded, MemoryPart, backward_pass, weight_entries
 from errata.errors import ConfigError, EditError, NumericsError, SpanError, unknown_name
 from errata.model import EditableModel
+from errata.model.anatomy import weight_of
 from errata.model.scoring import forced_answers
 from errata.model.spans import find_subject
 from errata.progress import NO_PROGRESS, Progress
@@ -253,6 +255,7 @@ class Written:
 
 C = TypeVar("C", bound=EditorConfig)
 
+_CONTEXT_TOKENS = 20  # of a text that is put in front of a prompt
 _INSTEAD = "Begin a new adapter, take a method that holds out longer, or keep it all the same (force, --force)"
 
 
@@ -337,6 +340,34 @@ class Editor(abc.ABC, Generic[C]):
         """Compute what is needed once per base model. The adapter is attached while this runs."""
         return
 
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        """What `_prepare` takes, and what is held from then on however many edits there are."""
+        return []
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        """What writing takes, and what these edits leave behind. Here: training through all blocks."""
+        return [self._backward_pass(edits, self.model.layer_count)]
+
+    def _backward_pass(self, edits: Sequence[Edit], blocks: int) -> MemoryPart:
+        """Of a batch, each edit with the texts that the settings put in front of its prompt."""
+        longest = max(edits, key=lambda edit: len(edit.prompt) + len(edit.target))
+        contexts = getattr(self.config, "contexts", 0)
+        length = len(self.model.passage(longest.prompt, longest.target).ids) + (_CONTEXT_TOKENS if contexts else 0)
+        together = min(len(edits), self.config.batch_size) if self.writes_jointly else 1
+        remedy = "give shorter edits" if together == 1 else "give a smaller batch_size"
+        return backward_pass(self.model, together * (1 + contexts), length, blocks, remedy)
+
+    def _memory_of_changes(self, count: int, rank: int = 1) -> list[MemoryPart]:
+        """What an adapter that changes weights holds of so many changes of a rank, and the sum that acts."""
+        paths = list(self.adapter.contributions())
+        sides = sum(sum(weight_of(self.model.module(path)).shape) for path in paths)
+        entries = weight_entries(self.model, paths)
+        fewer = "change fewer layers"
+        return [
+            MemoryPart("the changes of these edits", 4 * rank * count * sides, "write fewer edits", on_host=True),
+            MemoryPart("the edited weights", entries * (4 + self.model.dtype.itemsize), fewer),
+        ]
+
     @abc.abstractmethod
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
         """Write a batch into the adapter, all of it or nothing. A batch of one unless `writes_jointly`.
@@ -347,14 +378,27 @@ class Editor(abc.ABC, Generic[C]):
 
     # --- what users call --------------------------------------------------------------------------------------------
 
-    def prepare(self, progress: Progress = NO_PROGRESS) -> float:
+    def memory_needed(self, edits: Sequence[Edit]) -> MemoryNeeded:
+        """What these edits will take beside the loaded model: preparation, if that is still to come, and writing."""
+        parts = [] if self._prepared else self._memory_to_prepare()
+        return MemoryNeeded((*parts, *(self._memory_to_write(edits) if edits else ())), self.model.device)
+
+    def prepare(self, progress: Progress = NO_PROGRESS, *, force: bool = False) -> float:
         """Compute what is needed once per base model (statistics, thresholds); returns the seconds it took.
 
         Cached and resumable where it is long; called by `edit()` when it has not been called before.
+
+        Args:
+            force: begin although it does not seem to fit in memory.
+
+        Raises:
+            ConfigError: it cannot fit in the memory that is free.
         """
         if self._prepared:
             return 0.0
         began = time.perf_counter()
+        if not force:
+            self.memory_needed(()).check()
         self._prepare(progress)
         if self.config.guard != "off" and self.adapter.changes_weights:
             self._guard = Guard(self.model, self.adapter, self.config.guard)
@@ -368,18 +412,20 @@ class Editor(abc.ABC, Generic[C]):
         prompt the later one supersedes the earlier, and the outcome says so; the same edit given twice is one.
 
         Args:
-            force: keep what the guard calls a collapse all the same.
+            force: keep what the guard calls a collapse all the same, and begin what does not seem to fit in memory.
 
         Raises:
             ConfigError: the adapter is not attached to this editor's model, so that edits would be trained against
-                other weights than they will act on.
+                other weights than they will act on; or the edits cannot fit in the memory that is free.
         """
         if not self.adapter.is_attached or self.adapter.model is not self.model:
             where = "attached to another model" if self.adapter.is_attached else "detached"
             raise ConfigError(
                 f"the editor's adapter is {where}; call adapter.attach(model) with the model of the editor"
             )
-        outcome = EditOutcome(prepare_seconds=self.prepare(progress))
+        if not force:
+            self.memory_needed(edits).check()
+        outcome = EditOutcome(prepare_seconds=self.prepare(progress, force=force))
         began = time.perf_counter()
         held: dict[str, list[Edit]] = {}
         for edit in self.adapter.edits():

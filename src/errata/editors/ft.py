@@ -23,6 +23,7 @@ from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import scaled_layer, shape_key
 from errata.editors.losses import target_loss
+from errata.editors.memory import MemoryPart, weight_entries
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
@@ -100,6 +101,17 @@ class FineTune(Editor[FineTuneConfig]):
     def _new_adapter(self) -> DeltaAdapter:
         paths = [self.model.anatomy.mlp_output[self.model.anatomy.layer(layer)] for layer in self.config.layers]
         return DeltaAdapter.for_layers(self.model, paths, self.name, self.config.to_record())
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        entries = weight_entries(self.model, list(self.adapter.contributions()))
+        blocks = self.model.layer_count - min(self.model.anatomy.layer(layer) for layer in self.config.layers)
+        fewer = "train fewer layers"
+        return [
+            self._backward_pass(edits, blocks),
+            *self._memory_of_changes(len(edits), self.config.recorded_rank),
+            MemoryPart("a change, its gradient and Adam's two moments", 4 * 4 * entries, fewer),
+            MemoryPart("what has no factors, and taking these", 3 * 4 * entries, fewer, on_host=True),
+        ]
 
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
         model, config = self.model, self.config

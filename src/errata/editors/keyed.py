@@ -24,9 +24,11 @@ from errata.datasets.builtin import paraphrase_sets
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import scaled_layer
+from errata.editors.memory import MemoryPart, reading
 from errata.errors import ConfigError, NumericsError
 from errata.model import EditableModel
 from errata.model.anatomy import output_width
+from errata.model.scoring import READ_TOKENS
 from errata.model.tail import Recording, Tail
 from errata.model.tokens import Passage
 from errata.progress import Progress
@@ -122,6 +124,17 @@ class KeyedEditor(Editor[K]):
         router = DistanceRouter(width, config.radius or 0.0, self._rules, expand=config.expand)
         layer = RoutedLayer(router, self._new_memory(output_width(model.module(path)), width))
         return KeyedAdapter(BaseIdentity.of(model), self.name, config.to_record(), path=path, layer=layer)
+
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        return [reading(self.model, READ_TOKENS)]
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        anatomy = self.model.anatomy
+        kept = 4 * len(edits) * (anatomy.key_width[self._layer] + self._keyed.memory.contents.width)
+        return [
+            self._backward_pass(edits, self.model.layer_count - self._layer),
+            MemoryPart("keys and contents of these edits", kept, "write fewer edits", on_host=True),
+        ]
 
     # --- once per base model ----------------------------------------------------------------------------------------
 

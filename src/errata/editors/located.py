@@ -31,6 +31,7 @@ from errata.adapters import DeltaAdapter, WeightChange
 from errata.datasets.builtin import corpus_texts, paraphrase_sets, plain_texts
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
+from errata.editors.memory import MemoryPart, backward_pass, reading
 from errata.editors.solving import Metric, PastKeys, Solution, solve
 from errata.editors.values import TargetValue, ValueSettings, find_target_values
 from errata.errors import ConfigError
@@ -179,6 +180,24 @@ class Located(Editor[C]):
                 self._delta.notes["value_norm"] = self._usual_norm()
         protects = config.protect_past == "cache"
         self._pasts = {layer: PastKeys(self._metric(layer), self._past_weight(layer)) for layer in layers if protects}
+
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        squares = [8 * self.model.anatomy.key_width[layer] ** 2 for layer in self._layers]
+        if not self._uses_statistics:
+            return []
+        fewer = "edit fewer layers"
+        return [
+            MemoryPart("second moments of keys, with their factors", 2 * sum(squares), fewer, on_host=True),
+            MemoryPart("making these", 2 * max(squares), fewer, on_host=True),
+            reading(self.model, StatisticsPlan.batch_tokens),
+        ]
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        # v* is sought in batches of so many tokens, or of one edit where that is longer.
+        one = self._backward_pass(edits[:1], self.model.layer_count - self._layers[-1])
+        together = backward_pass(self.model, ValueSettings.batch_tokens // 16, 16, self.model.layer_count, one.remedy)
+        kept = 2 if self.config.protect_past == "cache" else 1
+        return [max(one, together, key=lambda part: part.size), *self._memory_of_changes(len(edits), kept)]
 
     @property
     def _contexts(self) -> list[str]:

@@ -25,6 +25,7 @@ from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import shape_key
 from errata.editors.losses import target_loss
+from errata.editors.memory import MemoryPart
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.anatomy import is_linear
@@ -102,6 +103,10 @@ class Lora(Editor[LoraConfig]):
     def _new_adapter(self) -> DeltaAdapter:
         paths = _targets(self.model, self.config)
         return DeltaAdapter.for_layers(self.model, paths, self.name, self.config.to_record())
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        batches = -(-len(edits) // self.config.batch_size)
+        return [self._backward_pass(edits, self.model.layer_count), *self._memory_of_changes(batches, self.config.rank)]
 
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
         model, config = self.model, self.config

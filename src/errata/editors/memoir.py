@@ -40,12 +40,13 @@ from errata.editors.calibration import Found, Preparation, Questions, calibrate
 from errata.editors.contexts import wise_contexts
 from errata.editors.dual import Descent, Space, compressed, descend
 from errata.editors.layers import scaled_layer, shape_key
+from errata.editors.memory import MemoryPart, reading, weight_entries
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.anatomy import output_width
 from errata.model.answer_tail import AnswerTail
 from errata.model.probes import capturing_inputs
-from errata.model.scoring import length_batches
+from errata.model.scoring import READ_TOKENS, length_batches
 from errata.model.spans import spellings
 from errata.model.tail import Recording, Tail
 from errata.model.tokens import Passage
@@ -339,6 +340,34 @@ class Memoir(Editor[MemoirConfig]):
 
     # --- once per base model ----------------------------------------------------------------------------------------
 
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        entries = weight_entries(self.model, [self.model.anatomy.mlp_output[layer] for layer in self._layers])
+        squares = sum(self.model.anatomy.key_width[layer] ** 2 for layer in self._layers)
+        fewer = "give memory to fewer layers"
+        parts = [
+            reading(self.model, READ_TOKENS),
+            MemoryPart("the residual matrix", 4 * entries, fewer, on_host=True),
+            MemoryPart("a copy of it beside the model", self.model.dtype.itemsize * entries, fewer),
+        ]
+        if self.config.ridge is not None:
+            spare = "spare stored edits nothing (ridge null)"
+            parts.append(MemoryPart("the second moment of stored keys", 4 * squares, spare, on_host=True))
+        return parts
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        anatomy, marked, rows = self.model.anatomy, self.config.marked, 1 + self.config.contexts
+        layers, together = len(self._layers), min(len(edits), self.config.batch_size)
+        smaller = "give a smaller batch_size, or mark fewer columns"
+        columns = 4 * layers * together * (rows + 1) * anatomy.hidden_size * marked
+        # Two thin factors and the keys, in two bytes each; some four of each.
+        kept = 2 * 4 * layers * len(edits) * (anatomy.hidden_size + 2 * marked)
+        return [
+            self._backward_pass(edits, self.model.layer_count - self._layers[0]),
+            MemoryPart("columns of the edits of a batch", columns, smaller),
+            MemoryPart("the metric that spares stored keys", 4 * 3 * marked**2, smaller, on_host=True),
+            MemoryPart("what these edits leave", kept, "write fewer edits", on_host=True),
+        ]
+
     def _prepare(self, progress: Progress) -> None:
         adapter, router, config = self._routed, self._router, self.config
         if "calibration" not in adapter.notes:
@@ -450,7 +479,7 @@ class Memoir(Editor[MemoirConfig]):
         """What each router gathers of each prompt, from one pass over the prompts."""
         path, width = self._routed.path, max(len(p.ids) for p in passages)
         found: list[list[tuple[list[int], Gathered]]] = [[] for _ in routers]
-        for indices in length_batches([len(p.ids) for p in passages], 8192):
+        for indices in length_batches([len(p.ids) for p in passages], READ_TOKENS):
             batch = self.model.batch([passages[i] for i in indices], side="right")
             with capturing_inputs(self.model.model, [path], len(indices)) as inputs:
                 self.model.trunk_states(batch)

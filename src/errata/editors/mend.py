@@ -36,6 +36,7 @@ from errata.edit import Edit
 from errata.editors.base import EditorConfig, Written, _question
 from errata.editors.gradient_network import FactoredUpdate, GradientNetwork, GradientRows, per_row_change
 from errata.editors.layers import shape_key
+from errata.editors.memory import MemoryPart
 from errata.editors.training import (
     TrainedEditor,
     TrainingConfig,
@@ -354,6 +355,12 @@ class Mend(TrainedEditor[MendConfig]):
         anatomy, paths = self.model.anatomy, self._network.shapes
         edited = [n for n, block in enumerate(anatomy.blocks) if any(path.startswith(f"{block}.") for path in paths)]
         return Tail(self.model, tuple(edited), full=self.config.full_forward)
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        # An edit's change has the rank of its tokens.
+        tokens = max(len(self.model.passage(edit.prompt, edit.target).ids) for edit in edits)
+        blocks = self.model.layer_count - self._tail.first
+        return [self._backward_pass(edits, blocks), *self._memory_of_changes(len(edits), tokens)]
 
     def _prepare(self, progress: Progress) -> None:
         if self.config.network == _UNTRAINED:

@@ -42,6 +42,7 @@ from errata.adapters.sentences import MINILM, Encoder, encoder_for
 from errata.datasets.builtin import ParaphraseSet, paraphrase_sets
 from errata.edit import Edit
 from errata.editors.base import EditorConfig, Written
+from errata.editors.memory import MemoryPart
 from errata.editors.training import (
     TrainedEditor,
     TrainingConfig,
@@ -361,6 +362,10 @@ class Serac(TrainedEditor[SeracConfig]):
         layer = RoutedLayer(router, self._new_memory())
         path = str(model.anatomy.final_norm)
         return ScopedAdapter(BaseIdentity.of(model), self.name, config.to_record(), path=path, layer=layer)
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        kept = 4 * len(edits) * self._scoped.router.width
+        return [MemoryPart("embeddings of these edits", kept, "write fewer edits", on_host=True)]
 
     def _new_memory(self) -> AnswerMemory:
         model, config = self.model, self.config

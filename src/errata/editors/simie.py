@@ -30,6 +30,7 @@ from errata.datasets.builtin import plain_texts
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import shape_key
+from errata.editors.memory import MemoryPart
 from errata.editors.registry import editor_class
 from errata.errors import ConfigError, NumericsError
 from errata.model import EditableModel
@@ -139,6 +140,23 @@ class Simie(Editor[SimieConfig]):
                     rows = torch.cat([own[path][:, 1:] for own in keys], dim=1)
                     sizes[path] = float(rows.square().sum(0).mean())
             self._joined.ridges.update({path: self.config.ridge * size for path, size in sizes.items()})
+
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        return self._inner._memory_to_prepare()
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        anatomy, longest = self.model.anatomy, max(edits, key=lambda edit: len(edit.prompt) + len(edit.target))
+        tokens = len(self.model.passage(longest.prompt, longest.target).ids)
+        # Keys, steps and what is wanted at the keys, for every token; and A⁻¹ through its keys, in float64.
+        sides = 2 * max(anatomy.key_width) + anatomy.hidden_size
+        keys = len(edits) * tokens
+        inverse = 8 * max(anatomy.key_width) * min(keys, max(anatomy.key_width))
+        fewer = "write fewer edits, or take an inner editor that changes fewer layers"
+        return [
+            *self._inner._memory_to_write(edits),
+            MemoryPart("keys of these edits", 4 * len(self._paths) * keys * sides, fewer, on_host=True),
+            MemoryPart("least squares", 2 * len(self._paths) * inverse, fewer, on_host=True),
+        ]
 
     def _empty(self) -> DeltaAdapter:
         """The inner editor with an empty adapter, attached, that knows what the last one did."""

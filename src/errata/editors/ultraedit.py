@@ -30,6 +30,7 @@ from errata.datasets.builtin import plain_texts
 from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.layers import scaled_layer, shape_key
+from errata.editors.memory import MemoryPart
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.model.scoring import length_batches
@@ -228,6 +229,12 @@ class UltraEdit(Editor[UltraEditConfig]):
     def _new_adapter(self) -> DeltaAdapter:
         paths = [self.model.anatomy.mlp_output[layer] for layer in self._layers]
         return DeltaAdapter.for_layers(self.model, paths, self.name, self.config.to_record())
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        # A factor for every token that predicts one of the target's.
+        tokens = max(len(self.model.passage(edit.prompt, edit.target).answer) for edit in edits)
+        blocks = self.model.layer_count - self._layers[0]
+        return [self._backward_pass(edits, blocks), *self._memory_of_changes(len(edits), tokens)]
 
     # --- statistics -------------------------------------------------------------------------------------------------
 

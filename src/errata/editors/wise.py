@@ -35,11 +35,12 @@ from errata.edit import Edit
 from errata.editors.base import Editor, EditorConfig, Written
 from errata.editors.contexts import wise_contexts
 from errata.editors.layers import scaled_layer, shape_key
+from errata.editors.memory import MemoryPart, reading, weight_entries
 from errata.errors import ConfigError, EditError, NumericsError
 from errata.model import EditableModel
 from errata.model.anatomy import weight_of
 from errata.model.probes import capturing_inputs
-from errata.model.scoring import length_batches
+from errata.model.scoring import READ_TOKENS, length_batches
 from errata.model.tail import Recording, Tail
 from errata.progress import Progress
 from errata.routing.activation import Activation, Score, effects
@@ -266,6 +267,21 @@ class Wise(Editor[WiseConfig]):
         base = BaseIdentity.of(self.model)
         return WiseAdapter(base, self.name, config.to_record(), path=self._path, settings=settings)
 
+    def _memory_to_prepare(self) -> list[MemoryPart]:
+        return [reading(self.model, min(READ_TOKENS, 20 * _POOL))]
+
+    def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
+        config, entries = self.config, weight_entries(self.model, [self._path])
+        fewer = "give larger shards (shard_edits), or a lower mask_density"
+        shards = -(-len(edits) // config.shard_edits)
+        # A change of a shard is kept as values and places, 4 + 8 bytes each; the present one stands there whole too.
+        kept = int(12 * config.mask_density * entries) * shards
+        return [
+            self._backward_pass(edits, self.model.layer_count - self._layer),
+            MemoryPart("a shard's change, its gradient and the weight with it", 4 * 4 * entries, fewer),
+            MemoryPart("the shards", kept, fewer, on_host=True),
+        ]
+
     # --- once per base model ----------------------------------------------------------------------------------------
 
     def _prepare(self, progress: Progress) -> None:
@@ -292,7 +308,7 @@ class Wise(Editor[WiseConfig]):
         base, path = base_layer(self.model, self._path), self._path
         passages = [self.model.passage(prompt) for prompt in prompts]
         inputs: list[Tensor] = [torch.empty(0)] * len(passages)
-        for indices in length_batches([len(p.ids) for p in passages], 8192):
+        for indices in length_batches([len(p.ids) for p in passages], READ_TOKENS):
             batch = self.model.batch([passages[i] for i in indices], side="right")
             with capturing_inputs(self.model.model, [path], len(indices)) as captured:
                 self.model.trunk_states(batch)

@@ -20,7 +20,9 @@ from errata.model.tokens import Passage
 if TYPE_CHECKING:
     from errata.model.editable import EditableModel
 
-__all__ = ["ForcedAnswer", "forced_answers", "length_batches", "perplexity"]
+__all__ = ["READ_TOKENS", "ForcedAnswer", "forced_answers", "length_batches", "perplexity"]
+
+READ_TOKENS = 8192  # padded tokens that are read side by side where nothing is trained
 
 
 @dataclass(frozen=True)
