@@ -526,7 +526,7 @@ def test_the_command_lists_studies_runs_one_and_explains_errors(tmp_path: Path) 
 
     for listing in ((), ("--list",), ("memoir-long", "--list")):
         assert "memoir-collisions\n    Is an edit lost" in call(*listing)
-    assert len(json.loads(call("--list", "--json"))["studies"]) == 17
+    assert len(json.loads(call("--list", "--json"))["studies"]) == 18
     folder = tmp_path / "model"
     tiny_hf_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
