@@ -194,10 +194,12 @@ class Located(Editor[C]):
 
     def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
         # v* is sought in batches of so many tokens, or of one edit where that is longer.
-        one = self._backward_pass(edits[:1], self.model.layer_count - self._layers[-1])
-        together = backward_pass(self.model, ValueSettings.batch_tokens // 16, 16, self.model.layer_count, one.remedy)
+        blocks = self.model.layer_count - self._layers[-1]
+        one, batch = self._backward_pass(edits[:1], blocks), self._backward_pass(edits, blocks)
+        most = backward_pass(self.model, ValueSettings.batch_tokens // 16, 16, blocks, one.remedy)
+        together = max(one, min(batch, most, key=lambda part: part.size), key=lambda part: part.size)
         kept = 2 if self.config.protect_past == "cache" else 1
-        return [max(one, together, key=lambda part: part.size), *self._memory_of_changes(len(edits), kept)]
+        return [together, *self._memory_of_changes(len(edits), kept)]
 
     @property
     def _contexts(self) -> list[str]:
