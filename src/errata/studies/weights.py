@@ -31,7 +31,7 @@ def singles(bench: Workbench) -> StudyResult:
         row = bench.row(arm, edits, "single", functools.partial(_single, bench, arm, examination))
         rows.append({**arm.label, **row})
     told = [
-        f"{name.replace('_', ' ')} {min(values):.2f} to {max(values):.2f}"
+        f"{name} {min(values):.2f} to {max(values):.2f}"
         for name in PROPERTIES
         if (values := [row[name] for row in rows if row[name] is not None])
     ]
