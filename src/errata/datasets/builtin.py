@@ -6,6 +6,7 @@ large model, a sample of the text it is used on is better (`corpus` in the edito
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,16 +40,26 @@ class ParaphraseSet:
 
 def plain_texts(count: int, seed: int = 0) -> list[str]:
     """Ordinary text: prose, statements, questions with answers."""
+    return list(_plain_texts(count, seed))
+
+
+@functools.lru_cache(maxsize=2)
+def _plain_texts(count: int, seed: int) -> tuple[str, ...]:
     from errata.atlas.corpus import sample_texts
 
-    return list(sample_texts(seed, count))
+    return tuple(sample_texts(seed, count))
 
 
 def held_out_texts(count: int = 300) -> list[str]:
     """Prose that atlas was not trained on, for perplexity."""
+    return list(_held_out_texts(count))
+
+
+@functools.lru_cache(maxsize=2)
+def _held_out_texts(count: int) -> tuple[str, ...]:
     from errata.atlas.prose import held_out_prose
 
-    return list(held_out_prose(count))
+    return tuple(held_out_prose(count))
 
 
 def corpus_texts(path: str | Path) -> list[str]:

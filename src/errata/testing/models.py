@@ -6,6 +6,7 @@ module trees, masks, caches and norms are those of the real families.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -199,10 +200,16 @@ def tiny_hf_model(family: str, seed: int = 0, vocabulary: int = _VOCABULARY, **c
     return model.eval()
 
 
+@functools.cache
+def _pattern(family: str, seed: int) -> PreTrainedModel:
+    """Making a model takes transformers many times longer than copying one."""
+    return tiny_hf_model(family, seed)
+
+
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> EditableModel:
     """A tiny random model of a family with a byte tokenizer, ready to be edited."""
     from errata.model import EditableModel
 
-    model = tiny_hf_model(family, seed, **changes)
+    model = tiny_hf_model(family, seed, **changes) if changes else copy.deepcopy(_pattern(family, seed))
     tokenizer = byte_tokenizer(FAMILIES[family].get("tokenizer", "<s> $A"))
     return EditableModel(model, tokenizer, model_id=f"tiny-{family}-{seed}")
