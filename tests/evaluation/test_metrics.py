@@ -7,6 +7,7 @@ import math
 import pytest
 
 from errata.edit import Edit, Probe
+from errata.evaluation.lifelong import retention_by_age
 from errata.evaluation.metrics import (
     Score,
     answers_exactly,
@@ -18,7 +19,7 @@ from errata.evaluation.metrics import (
     same_text,
     token_accuracy,
 )
-from errata.evaluation.protocol import AskedEdit, Result, retention_by_age
+from errata.evaluation.protocol import AskedEdit, Result
 
 
 @pytest.mark.parametrize(

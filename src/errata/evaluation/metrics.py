@@ -14,7 +14,8 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Measure",
     "Score",
     "answers_exactly",
+    "best_answer",
     "bootstrap_mean",
     "contains",
     "finite_or_none",
@@ -30,6 +32,7 @@ __all__ = [
     "normalise",
     "same_text",
     "token_accuracy",
+    "token_f1",
 ]
 
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -93,6 +96,20 @@ def contains(generated: str, answer: str) -> bool:
     return (
         any(words[at : at + len(wanted)] == wanted for at in range(len(words) - len(wanted) + 1)) if wanted else False
     )
+
+
+def token_f1(generated: str, answer: str) -> float:
+    """SQuAD's F1 over normalised words, each as often as it occurs; 1 for two texts without words, 0 for one."""
+    said, wanted = Counter(normalise(generated).split()), Counter(normalise(answer).split())
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = (said & wanted).total()
+    return 2 * shared / (said.total() + wanted.total())
+
+
+def best_answer(measure: Callable[[str, str], float], generated: str, answers: Sequence[str]) -> float:
+    """The highest value of a measure over several right answers (aliases); 0 for no answers."""
+    return max((float(measure(generated, answer)) for answer in answers), default=0.0)
 
 
 def same_text(first: str, second: str) -> bool:

@@ -16,6 +16,7 @@ from errata.adapters import Adapter
 from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
 from errata.errors import ConfigError
+from errata.evaluation.lifelong import retention_by_age
 from errata.evaluation.metrics import Score, answers_exactly, contains, finite_or_none, same_text, token_accuracy
 from errata.model import EditableModel, Passage
 from errata.model.scoring import forced_answers
@@ -288,19 +289,6 @@ class Checkpoint:
             "batch_size": self.batch_size,
             "guard": self.guard,
         }
-
-
-def retention_by_age(success: Sequence[float]) -> dict[int, float]:
-    """Success of edits grouped by age, the newest first: ages 0, 1, 2-3, 4-7, ... keyed by the youngest of a group."""
-    newest_first = list(reversed(success))
-    groups: dict[int, float] = {}
-    start = 0
-    while start < len(newest_first):
-        stop = max(start + 1, 2 * start)
-        group = newest_first[start:stop]
-        groups[start] = sum(group) / len(group)
-        start = stop
-    return groups
 
 
 @dataclass

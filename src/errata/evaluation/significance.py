@@ -1,0 +1,124 @@
+"""Whether one method is really better than another: intervals of shares, tests on pairs, many comparisons at once.
+
+Methods are compared on the same edits, so every test here is paired: what one edit does under both of them. Pure
+functions over numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from errata.evaluation.metrics import bootstrap_mean
+
+__all__ = ["Comparison", "compare_methods", "holm", "mcnemar", "sign_flip_test", "wilson_interval"]
+
+_Z = 1.959963984540054  # of 95 %, both sides
+
+
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): right at the edges too, where 100 of 100 is not "1.0 ± 0".
+
+    Returns:
+        (0, 1) where nothing was asked.
+
+    Raises:
+        ValueError: more successes than trials, or fewer than none.
+    """
+    if not 0 <= successes <= count:
+        raise ValueError(f"{successes} successes of {count} trials")
+    if not count:
+        return 0.0, 1.0
+    share, square = successes / count, _Z * _Z / count
+    middle = share + square / 2
+    spread = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, (middle - spread) / (1 + square)), min(1.0, (middle + spread) / (1 + square))
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """p of McNemar's exact test: could as many edits have been won by either method alone if both were alike?
+
+    Edits on which both agree say nothing. Two-sided; 1 where they agree on all.
+    """
+    pairs = list(zip(first, second, strict=True))
+    ours, theirs = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    apart = ours + theirs
+    if not apart:
+        return 1.0
+    tail = sum(math.comb(apart, k) for k in range(min(ours, theirs) + 1)) / 2**apart
+    return float(min(1.0, 2 * tail))
+
+
+def sign_flip_test(differences: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> float:
+    """p of a paired permutation test: how often would differences of random sign have a mean as far from 0?
+
+    All sign patterns are counted where there are at most 2¹² of them; else `resamples` random ones and it.
+    """
+    values = np.asarray([d for d in differences if d], dtype=np.float64)
+    if not len(values):
+        return 1.0
+    observed = abs(values.sum()) - 1e-12 * np.abs(values).sum()  # equal sums in another order differ in the last digit
+    if len(values) <= 12:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
+        return float((np.abs(signs @ values) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for start in range(0, resamples, 500):
+        block = min(500, resamples - start)
+        signs = rng.integers(0, 2, size=(block, len(values))) * 2.0 - 1.0
+        hits += int((np.abs(signs @ values) >= observed).sum())
+    return (hits + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p adjusted for as many comparisons (Holm 1979), in the given order: no larger share of false findings overall."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted = [0.0] * len(p_values)
+    worst = 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on the same edits.
+
+    Attributes:
+        difference: mean of the first less mean of the second; low, high: its 95 % bootstrap interval over edits.
+        p: of the paired test; adjusted_p: for all comparisons that were made together.
+    """
+
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    adjusted_p: float
+
+    def to_record(self) -> dict[str, float | str]:
+        return dict(vars(self))
+
+
+def compare_methods(scores: Mapping[str, Sequence[float]], *, seed: int = 0) -> list[Comparison]:
+    """Every two methods, on values per edit in the same order; p adjusted over all pairs.
+
+    Raises:
+        ValueError: the methods were not asked the same number of edits.
+    """
+    pairs = list(itertools.combinations(scores, 2))
+    found = []
+    for first, second in pairs:
+        differences = [a - b for a, b in zip(scores[first], scores[second], strict=True)]
+        found.append((bootstrap_mean(differences, seed=seed), sign_flip_test(differences, seed=seed)))
+    adjusted = holm([p for _, p in found])
+    return [
+        Comparison(first, second, measure.value, measure.low, measure.high, p, corrected)
+        for (first, second), (measure, p), corrected in zip(pairs, found, adjusted, strict=True)
+    ]
