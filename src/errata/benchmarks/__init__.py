@@ -20,6 +20,7 @@ _BENCHMARKS = {
     "methods": "errata.benchmarks.methods:run",
     "overhead": "errata.benchmarks.overhead:run",
     "routing": "errata.benchmarks.routing:run",
+    "scoring": "errata.benchmarks.scoring:run",
     "tail": "errata.benchmarks.tail:run",
     "weights": "errata.benchmarks.weights:run",
 }

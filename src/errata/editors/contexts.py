@@ -12,12 +12,16 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 
 from errata.model import EditableModel
 from errata.model.generation import sample
 from errata.paths import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["memit_contexts", "rome_contexts", "wise_contexts"]
 
@@ -26,6 +30,13 @@ _WISE_SEEDS = ("I", "You", "Because", "Yes", "Q: ")
 _FORMAT = 1
 
 Writer = Callable[[EditableModel, int], tuple[str, ...]]
+
+
+def _described(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest of all that decides how a tokenizer cuts and joins text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _kept(write: Writer) -> Writer:
@@ -39,7 +50,7 @@ def _kept(write: Writer) -> Writer:
             "seed": seed,
             "weights": model.fingerprint,
             "dtype": str(model.dtype),
-            "tokens": [model.passage(text).ids for text in (*_MEMIT_SEEDS, *_WISE_SEEDS)],
+            "tokenizer": _described(model.tokenizer),
         }
         name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         place = cache_folder("contexts") / f"{name}.json"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from errata.model.editable import EditableModel
     from errata.model.tokens import TokenBatch
 
+_FEW = 8  # tokens within which most answers end
+
 __all__ = ["continued", "greedy", "plain_generation", "sample", "stop_tokens"]
 
 
@@ -69,17 +71,34 @@ def continued(model: EditableModel, batch: TokenBatch, **settings: Any) -> Tenso
 def greedy(
     model: EditableModel, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192
 ) -> list[str]:
-    """Greedy continuations of prompts, in their order; see `EditableModel.generate`."""
+    """Greedy continuations of prompts, in their order; see `EditableModel.generate`.
+
+    Answers are mostly short, and a batch takes as long as its longest. So all prompts get a few tokens first, and those
+    that have not ended by then start anew with all of them, among their like. Where most do not end, that is given up.
+    """
     passages = [model.passage(prompt) for prompt in prompts]
     stops = model.stop_tokens
     texts = [""] * len(prompts)
-    for indices in length_batches([len(p.ids) + max_new_tokens for p in passages], batch_tokens):
-        batch = model.batch([passages[i] for i in indices], side="left")
-        with model.sequences.narrowed(indices, len(prompts)):
-            output = continued(model, batch, max_new_tokens=max_new_tokens, eos_token_id=list(stops) or None)
-        for index, row in zip(indices, output.tolist(), strict=True):
-            end = next((at for at, token in enumerate(row) if token in stops), len(row))
-            texts[index] = model.tokenizer.decode(row[:end], skip_special_tokens=True)
+    waiting = list(range(len(prompts)))
+    for limit in (_FEW, max_new_tokens) if max_new_tokens >= 2 * _FEW else (max_new_tokens,):
+        asked = 0
+        unfinished: list[int] = []
+        for part in length_batches([len(passages[i].ids) + limit for i in waiting], batch_tokens):
+            indices = [waiting[place] for place in part]
+            if limit < max_new_tokens and 2 * len(unfinished) > asked:
+                unfinished += indices
+                continue
+            batch = model.batch([passages[i] for i in indices], side="left")
+            with model.sequences.narrowed(indices, len(prompts)):
+                output = continued(model, batch, max_new_tokens=limit, eos_token_id=list(stops) or None)
+            asked += len(indices)
+            for index, row in zip(indices, output.tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in stops), None)
+                if end is None and limit < max_new_tokens:
+                    unfinished.append(index)
+                else:
+                    texts[index] = model.tokenizer.decode(row[:end], skip_special_tokens=True)
+        waiting = unfinished
     return texts
 
 
