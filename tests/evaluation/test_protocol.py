@@ -15,10 +15,20 @@ from errata.editors import EditOutcome
 from errata.editors.ft import FineTune
 from errata.editors.guard import Guard
 from errata.errors import ArtifactError, ConfigError, NumericsError
-from errata.evaluation import PROTOCOL, Comparison, Examination, Result, run_provenance, run_sequence, run_singles
+from errata.evaluation import (
+    PROTOCOL,
+    Comparison,
+    Examination,
+    Result,
+    protocol,
+    run_provenance,
+    run_sequence,
+    run_singles,
+)
 from errata.evaluation.controls import no_op_control, no_op_edits, random_control
 from errata.evaluation.report import RunReport, _examples, write_report
 from errata.model import EditableModel
+from errata.model.generation import Written
 from errata.testing import tiny_model
 
 FT: dict[str, Any] = {"learning_rate": 1e-2, "steps": 60}
@@ -64,18 +74,34 @@ def test_the_unedited_model_keeps_all_its_answers() -> None:
 def test_generation_is_asked_with_the_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     asked: list[tuple[str, int]] = []
-    original = EditableModel.generate
+    original = protocol.write
 
-    def spy(self: EditableModel, prompts: list[str], **kwargs: Any) -> list[str]:
+    def spy(of: EditableModel, prompts: list[str], **kwargs: Any) -> list[Written]:
         asked.extend((prompt, kwargs["max_new_tokens"]) for prompt in prompts)
-        return original(self, prompts, **kwargs)
+        return original(of, prompts, **kwargs)
 
-    monkeypatch.setattr(EditableModel, "generate", spy)
+    monkeypatch.setattr(protocol, "write", spy)
     examination(model).ask()
     everything = {e.prompt for e in EDITS} | {t for e in EDITS for t in e.rephrases}
     everything |= {p.prompt for e in EDITS for p in (*e.locality, *e.portability)}
     assert {prompt for prompt, _ in asked} == everything
     assert {tokens for _, tokens in asked} == {5}
+
+
+def test_what_was_written_is_not_asked_again_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    editor = FineTune(model, **FT)
+    exam = Examination(model, EDITS, max_new_tokens=5)
+    exam.ask_base(editor.adapter)
+    editor.edit(EDITS)
+    quick = exam.ask()
+    asked = Examination._forced
+
+    def everything(self: Examination, pairs: Any, written: Any) -> Any:
+        return asked(self, pairs, {prompt: Written("", ()) for prompt in written})
+
+    monkeypatch.setattr(Examination, "_forced", everything)
+    assert exam.ask().asked == quick.asked
 
 
 def test_a_batch_of_questions_equals_one_at_a_time() -> None:

@@ -11,7 +11,9 @@ from tokenizers.processors import ByteLevel
 
 from errata.editors.contexts import rome_contexts, wise_contexts
 from errata.model import EditableModel
-from errata.model.generation import greedy, sample
+from errata.model.generation import _FEW, Written, greedy, sample, write
+from errata.model.scoring import forced_answers
+from errata.model.tokens import Passage
 from errata.testing import byte_tokenizer, metaspace_tokenizer, tiny_hf_model, tiny_model
 
 PROMPTS = ("The capital of France is", "Who?", "Ann plays")
@@ -98,3 +100,37 @@ def test_without_a_beginning_token_text_begins_after_the_end_of_another() -> Non
     sample(model, "", tokens=1, top_k=5, generator=torch.Generator().manual_seed(0))
     assert first == [tokenizer.eos_token_id]
     assert min(model.stop_tokens) < tokenizer.eos_token_id, "the smallest end token is not meant"
+
+
+def test_short_and_long_answers_are_the_argmax_alike() -> None:
+    model = tiny_model("llama")
+    prompts = [
+        f"{name} {verb} {what}" for name in ("Ann", "Bob", "Zed") for verb in ("plays", "was") for what in "abcd"
+    ]
+    longest = 2 * _FEW + 3
+    model.model.generation_config.eos_token_id = list(range(0, 400, 7))
+    expected = [by_argmax(model, prompt, longest) for prompt in prompts]
+    ends = [len(one.ids) < _FEW for one in write(model, prompts, max_new_tokens=longest)]
+    assert any(ends)
+    assert not all(ends)
+    assert greedy(model, prompts, max_new_tokens=longest) == expected
+    # The order in which batches end does not matter, nor how large they are.
+    assert greedy(model, prompts[::-1], max_new_tokens=longest, batch_tokens=64) == expected[::-1]
+
+
+def test_what_was_written_says_what_teacher_forcing_would_predict() -> None:
+    one = Written("Rome", (5, 6, 2))
+    assert one.predictions((5, 6)) == (5, 6)
+    assert one.predictions((5, 7)) == (5, 6)
+    assert one.predictions((5, 6, 9)) == (5, 6, 2)
+    assert one.predictions((7,)) == (5,)
+    assert one.predictions((7, 6)) is None
+    assert one.predictions((5, 6, 2, 4)) is None
+    assert one.predictions(()) == ()
+    model = tiny_model("llama")
+    (said,) = write(model, PROMPTS[:1], max_new_tokens=6)
+    for answer in (said.ids, (*said.ids[:2], 9), (*said.ids[:3], 9, 9)):
+        passage = Passage(model.passage(PROMPTS[0]).ids, answer)
+        known = said.predictions(answer)
+        assert known is None or known == forced_answers(model, [passage])[0].predicted
+    assert said.predictions((*said.ids[:2], 9)) is not None

@@ -18,7 +18,8 @@ from errata.editors import Editor, EditOutcome
 from errata.errors import ConfigError
 from errata.evaluation.lifelong import retention_by_age
 from errata.evaluation.metrics import Score, answers_exactly, contains, finite_or_none, same_text, token_accuracy
-from errata.model import EditableModel, Passage
+from errata.model import EditableModel
+from errata.model.generation import Written, write
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS, Progress
 
@@ -128,10 +129,10 @@ class Examination:
             {probe.prompt for edit in self.edits for probe in edit.locality} | {e.prompt for e in self.edits}
         )
         progress.start("asking the unedited model", len(prompts))
-        said = self._generate(prompts, progress)
-        self._said_before = said
+        written = self._generate(prompts, progress)
+        self._said_before = _texts(written)
         pairs = sorted({self._locality_pair(probe) for edit in self.edits for probe in edit.locality})
-        self._forced_before = self._forced(pairs)
+        self._forced_before = self._forced(pairs, written)
 
     def ask_unedited(self, progress: Progress = NO_PROGRESS) -> Result:
         """Measure the unedited model, which must be free of adapters, and keep its answers as `ask_base` does.
@@ -140,8 +141,9 @@ class Examination:
         """
         prompts = self._prompts(self.edits)
         progress.start("asking the unedited model", len(prompts))
-        self._said_before = self._generate(prompts, progress)
-        self._forced_before = self._forced(self._pairs(self.edits))
+        written = self._generate(prompts, progress)
+        self._said_before = _texts(written)
+        self._forced_before = self._forced(self._pairs(self.edits), written)
         return self._result(self.edits, self._said_before, self._forced_before)
 
     def share_base(self, other: Examination) -> None:
@@ -156,34 +158,40 @@ class Examination:
         """The answer behind which locality is teacher-forced: the given one, else what the base said."""
         return probe.prompt, probe.answer or self._said_before.get(probe.prompt, "").strip() or "."
 
-    def _generate(self, prompts: Sequence[str], progress: Progress = NO_PROGRESS) -> dict[str, str]:
-        said: dict[str, str] = {}
+    def _generate(self, prompts: Sequence[str], progress: Progress = NO_PROGRESS) -> dict[str, Written]:
+        found: dict[str, Written] = {}
         size = 2048
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            answers = self.model.generate(part, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens)
-            said.update(zip(part, answers, strict=True))
+            answers = write(self.model, part, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens)
+            found.update(zip(part, answers, strict=True))
             progress.advance(len(part))
-        return said
+        return found
 
-    def _passages(self, pairs: Sequence[tuple[str, str]]) -> list[Passage]:
-        return [self.model.passage(prompt, answer) for prompt, answer in pairs]
-
-    def _forced(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, ...]]:
-        answers = forced_answers(self.model, self._passages(pairs), batch_tokens=self.batch_tokens)
-        return {pair: answer.predicted for pair, answer in zip(pairs, answers, strict=True)}
+    def _forced(
+        self, pairs: Sequence[tuple[str, str]], written: Mapping[str, Written]
+    ) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Predictions at the places of answers; what the model has just written by itself is not asked again."""
+        passages = {pair: self.model.passage(*pair) for pair in pairs}
+        found = {pair: written[pair[0]].predictions(passages[pair].answer) for pair in pairs}
+        missing = [pair for pair, known in found.items() if known is None]
+        answers = forced_answers(self.model, [passages[pair] for pair in missing], batch_tokens=self.batch_tokens)
+        asked = {pair: answer.predicted for pair, answer in zip(missing, answers, strict=True)}
+        return {pair: asked[pair] if known is None else known for pair, known in found.items()}
 
     def ask(self, edits: Sequence[Edit] | None = None, progress: Progress = NO_PROGRESS) -> Result:
         """Measure the model as it is now. `ask_base` must have been called on the unedited model."""
         edits = self.edits if edits is None else edits
         prompts = self._prompts(edits)
         progress.start("asking the edited model", len(prompts))
-        return self._result(edits, self._generate(prompts, progress), self._forced(self._pairs(edits)))
+        written = self._generate(prompts, progress)
+        return self._result(edits, _texts(written), self._forced(self._pairs(edits), written))
 
     def ask_targets(self, edits: Sequence[Edit]) -> list[tuple[Triple, list[Triple]]]:
         """Per edit, reliability and generalization alone: what is asked right after it was made."""
-        said = self._generate(sorted({prompt for edit in edits for prompt, _ in _targets(edit)}))
-        forced = self._forced(sorted({pair for edit in edits for pair in _targets(edit)}))
+        written = self._generate(sorted({prompt for edit in edits for prompt, _ in _targets(edit)}))
+        forced = self._forced(sorted({pair for edit in edits for pair in _targets(edit)}), written)
+        said = _texts(written)
         found = []
         for edit in edits:
             first, *others = (self._right(prompt, answer, said, forced) for prompt, answer in _targets(edit))
@@ -236,6 +244,10 @@ class Examination:
             )
 
         return Result([asked(edit) for edit in edits])
+
+
+def _texts(found: Mapping[str, Written]) -> dict[str, str]:
+    return {prompt: one.text for prompt, one in found.items()}
 
 
 def _targets(edit: Edit) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _FEW = 8  # tokens within which most answers end
 
-__all__ = ["continued", "greedy", "plain_generation", "sample", "stop_tokens"]
+__all__ = ["Written", "continued", "greedy", "plain_generation", "sample", "stop_tokens", "write"]
 
 
 @contextmanager
@@ -67,18 +68,45 @@ def continued(model: EditableModel, batch: TokenBatch, **settings: Any) -> Tenso
     return output[:, given:]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote greedily behind a prompt.
+
+    Attributes:
+        text: without the end; ids: its tokens, and the one that ended it where one did.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+    def predictions(self, answer: Sequence[int]) -> tuple[int, ...] | None:
+        """The most likely token at each of an answer's places if the model were shown the answer's own beginning.
+
+        Known as far as the model wrote that beginning itself; None where it did not write it to the last place.
+        """
+        known = self.ids[: len(answer)]
+        return known if len(known) == len(answer) and known[:-1] == tuple(answer[:-1]) else None
+
+
 def greedy(
     model: EditableModel, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192
 ) -> list[str]:
-    """Greedy continuations of prompts, in their order; see `EditableModel.generate`.
+    """Greedy continuations of prompts, in their order; see `EditableModel.generate`."""
+    return [one.text for one in write(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)]
+
+
+@torch.no_grad()
+def write(
+    model: EditableModel, prompts: Sequence[str], *, max_new_tokens: int = 20, batch_tokens: int = 8192
+) -> list[Written]:
+    """As `greedy`, with the tokens.
 
     Answers are mostly short, and a batch takes as long as its longest. So all prompts get a few tokens first, and those
     that have not ended by then start anew with all of them, among their like. Where most do not end, that is given up.
     """
     passages = [model.passage(prompt) for prompt in prompts]
     stops = model.stop_tokens
-    texts = [""] * len(prompts)
+    results = [Written("", ())] * len(prompts)
     waiting = list(range(len(prompts)))
     for limit in (_FEW, max_new_tokens) if max_new_tokens >= 2 * _FEW else (max_new_tokens,):
         asked = 0
@@ -97,9 +125,10 @@ def greedy(
                 if end is None and limit < max_new_tokens:
                     unfinished.append(index)
                 else:
-                    texts[index] = model.tokenizer.decode(row[:end], skip_special_tokens=True)
+                    text = model.tokenizer.decode(row[:end], skip_special_tokens=True)
+                    results[index] = Written(text, tuple(row if end is None else row[: end + 1]))
         waiting = unfinished
-    return texts
+    return results
 
 
 @torch.no_grad()
