@@ -20,9 +20,11 @@ from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.metrics import held_until
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
+from errata.progress import NO_PROGRESS
 from errata.studies import studies, study
 from errata.studies.memoir import spearman
-from errata.studies.workbench import StudyOptions, StudyResult
+from errata.studies.mirage import _usual
+from errata.studies.workbench import StudyOptions, StudyResult, Workbench
 from errata.testing import byte_tokenizer, tiny_hf_model, tiny_model
 
 PLACES = ("France", "Spain", "Ann", "Bob", "Emma", "Zed")
@@ -85,7 +87,7 @@ def test_every_study_can_be_found_and_says_what_it_asks() -> None:
     import importlib
 
     names = [one.name for one in studies()]
-    assert len(names) == len(set(names)) == 18
+    assert len(names) == len(set(names)) == 19
     for one in studies():
         module, _, function = one.target.partition(":")
         assert getattr(importlib.import_module(module), function).__doc__
@@ -209,6 +211,25 @@ def test_single_edits_are_each_made_into_an_empty_adapter(
     assert found.provenance["settings"]["ft@short"]["steps"] == 1
     no_more_edits()
     assert run("single-edits", **options).rows == found.rows
+
+
+def test_the_gap_is_what_teacher_forcing_adds(run: Callable[..., StudyResult]) -> None:
+    settings = {"ft": FT, "ft@short": {**FT, "steps": 12}}
+    found = run("mirage", methods=("ft", "ft@short"), settings=settings, edits=4)
+    for row in found.rows:
+        for name in ("reliability", "generalization"):
+            assert row[f"{name}_gap"] == pytest.approx(row[f"{name}_forced"] - row[name])
+            assert row[name] <= row[f"{name}_contains"]
+    mean = sum(row["reliability_gap"] for row in found.rows) / 2
+    assert f"{mean:+.2f} of reliability" in found.found
+
+
+def test_all_methods_that_can_be_run_are_compared_and_the_others_named(model: EditableModel, tmp_path: Path) -> None:
+    bench = Workbench(study("mirage"), model, StudyOptions(folder=tmp_path), NO_PROGRESS)
+    names = _usual(bench)
+    assert "mend" not in names
+    assert {"ft", "rome", "memoir", "wise", "grace"} <= set(names)
+    assert any(note.startswith("mend left out") and "errata train mend" in note for note in bench.notes)
 
 
 def test_edits_are_shared_out_over_layers(run: Callable[..., StudyResult], no_more_edits: Callable[[], None]) -> None:
@@ -526,7 +547,7 @@ def test_the_command_lists_studies_runs_one_and_explains_errors(tmp_path: Path) 
 
     for listing in ((), ("--list",), ("memoir-long", "--list")):
         assert "memoir-collisions\n    Is an edit lost" in call(*listing)
-    assert len(json.loads(call("--list", "--json"))["studies"]) == 18
+    assert len(json.loads(call("--list", "--json"))["studies"]) == 19
     folder = tmp_path / "model"
     tiny_hf_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

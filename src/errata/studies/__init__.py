@@ -138,6 +138,12 @@ _STUDIES = (
         "errata.studies.weights:singles",
     ),
     Study(
+        "mirage",
+        "By how much does teacher forcing flatter what a model answers by itself?",
+        "all methods, 50 edits each; 20 minutes",
+        "errata.studies.mirage:mirage",
+    ),
+    Study(
         "grace-radius",
         "Can a wider radius make GRACE general without costing it locality?",
         "six radii, 100 edits each; 8 minutes",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "dots", "label_ends", "lines", "property_lines", "ticks", "titled", "triangles"]
+__all__ = ["INK", "dots", "gaps", "label_ends", "lines", "property_lines", "ticks", "titled", "triangles"]
 
 INK = "#333333"
 _GREY = "#9a9a9a"
@@ -147,6 +147,31 @@ def dots(
             "hollow: the paper's, on another model", (1, 0), xytext=(0, -42), xycoords="axes fraction",
             textcoords="offset points", ha="right", fontsize=8, color=INK,
         )  # fmt: skip
+    return titled(figure, title)
+
+
+def gaps(rows: Sequence[Row], title: str) -> Figure:
+    """Per method, from what it answers by itself (filled) to its score under teacher forcing (hollow)."""
+    panels = [name for name in ("reliability", "generalization") if any(row[name] is not None for row in rows)]
+    rows = sorted(rows, key=lambda row: (number(row["reliability_gap"]), row["method"]))
+    figure, axes = styled_figure(1.6 + 3.6 * len(panels), 1.9 + 0.34 * len(rows), 1, len(panels))
+    for column, (one, name) in enumerate(zip(axes, panels, strict=True)):
+        colour = _COLOURS[name]
+        for height, row in enumerate(rows):
+            own, forced = number(row[name]), number(row[f"{name}_forced"])
+            one.plot([own, forced], [height, height], color=colour, linewidth=2, alpha=0.45)
+            one.plot(own, height, "o", color=colour, markersize=6.5)
+            one.plot(forced, height, "o", markerfacecolor="white", markeredgecolor=colour, markersize=6.5)
+            if math.isfinite(own):
+                one.annotate(f"{own:.2f}, {forced:.2f}", (1.06, height), fontsize=8, va="center", annotation_clip=False)
+        one.set_yticks(range(len(rows)), [row["method"] if column == 0 else "" for row in rows], fontsize=9)
+        one.set(xlim=(-0.03, 1.05), ylim=(-0.6, len(rows) - 0.4))
+        one.set_title(name, fontsize=10, color=colour, weight="bold", loc="left")
+        one.set_xlabel(f"share of {'edits' if name == 'reliability' else 'other wordings'}", fontsize=8.5)
+        one.grid(axis="y", alpha=0.0)
+    figure.supxlabel(
+        "filled: answered without help; hollow: tokens right when shown the target's beginning", fontsize=8.5
+    )
     return titled(figure, title)
 
 

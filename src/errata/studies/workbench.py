@@ -142,6 +142,7 @@ def properties(record: Mapping[str, Any]) -> dict[str, Any]:
         flat[name] = record[name]["generated"]
         flat[f"{name}_interval"] = record[name]["generated_interval"]
         flat[f"{name}_forced"] = record[name]["teacher_forced"]
+        flat[f"{name}_contains"] = record[name]["contains"]
     known = [flat[name] for name in PROPERTIES if flat[name] is not None]
     near = record["locality_by_kind"].get("same_relation")
     return {
