@@ -161,6 +161,14 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option(help="Also measure random content and no-op edits; these are written, which takes a while.")
     ] = True,
+    rankings: Annotated[
+        bool,
+        typer.Option(
+            "--rankings",
+            help="Also ask which answer is likelier, the new or the old: CounterFact's efficacy, paraphrase and "
+            "neighbourhood scores.",
+        ),
+    ] = False,
     max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
@@ -170,7 +178,7 @@ def evaluate(
     """Measure reliability, generalization, locality and portability of an adapter, and perplexity."""
     from errata.cli.measuring import evaluate as run
 
-    run(model, adapter, edits, limit, text, controls, max_new_tokens, strict, device, dtype, as_json)
+    run(model, adapter, edits, limit, text, controls, rankings, max_new_tokens, strict, device, dtype, as_json)
 
 
 @app.command()

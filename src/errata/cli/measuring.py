@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "compare", "evaluate"]
 
+_RANKED = ("efficacy", "paraphrase", "neighbourhood", "score")
 _NAMES = ("reliability", "generalization", "locality", "portability")
 
 
@@ -60,6 +61,7 @@ def evaluate(
     limit: int | None,
     text: Path | None,
     controls: bool,
+    rankings: bool,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
@@ -68,18 +70,24 @@ def evaluate(
 ) -> None:
     from errata.evaluation import Examination, run_provenance
     from errata.evaluation.metrics import finite_or_none
+    from errata.evaluation.rankings import rank_answers
 
     found = load_edits(edits_path, limit, strict)
     texts = load_texts(text)
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
     control_records: list[dict[str, Any]] = []
+    ranked: dict[str, dict[str, float | None]] = {}
     with progress_bar() as progress:
+        if rankings:  # first, so that edits which cannot be ranked are found before anything is asked
+            ranked["before"] = rank_answers(model, found.edits, progress=progress).to_record()
         unedited = examination.ask_unedited(progress)
         before = model.perplexity(texts)
         adapter = load_adapter(adapter_path, model)
         result = unedited if adapter is None else examination.ask(progress=progress)
         after = before if adapter is None else model.perplexity(texts)
+        if rankings and adapter is not None:
+            ranked["after"] = rank_answers(model, found.edits, progress=progress).to_record()
         if adapter is not None and controls:
             log("baselines: random content of the same norm, and edits that say nothing new; --no-controls skips them")
             control_records = _controls(adapter, examination, texts, progress)
@@ -92,6 +100,7 @@ def evaluate(
         "perplexity": {"before": finite_or_none(before), "after": finite_or_none(after)},
         "unedited": {name: unedited.score(name).to_record() for name in _NAMES},
         "controls": control_records,
+        "rankings": ranked or None,
         "records_left_out": len(found.problems),
         "provenance": run_provenance(model, None if adapter is None else adapter.editor_config),
     }
@@ -122,6 +131,9 @@ def evaluate(
                     row(f"{control['name']}: {name}", control[name])
         Console().print(table)
         print(f"perplexity of held-out text: {before:.3f} before, {after:.3f} after")
+        for when, scores in ranked.items():
+            told = ", ".join(f"{name} {_number(scores[name])}" for name in _RANKED)
+            print(f"new answer likelier than the old, {when}: {told}")
         for control in control_records:
             print(f"  with {control['name']}: {_number(control['perplexity'])}")
 

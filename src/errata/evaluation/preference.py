@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from errata.evaluation.metrics import finite_or_none
+
 __all__ = ["CounterFactScores", "OverfittingScores", "Preference", "harmonic_mean"]
 
 
@@ -72,6 +74,10 @@ class CounterFactScores:
         """Harmonic mean of the three shares (S); NaN where one of them was not asked."""
         shares = (self.efficacy, self.paraphrase, self.neighbourhood)
         return math.nan if any(map(math.isnan, shares)) else harmonic_mean(shares)
+
+    def to_record(self) -> dict[str, float | None]:
+        """JSON, null for what was not asked."""
+        return {name: finite_or_none(value) for name, value in (*vars(self).items(), ("score", self.score))}
 
     @classmethod
     def of(
