@@ -673,3 +673,27 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
             "http://purl.org", ""
         ).replace("http://creativecommons.org", ""), foreign
     assert "France has the capital" in page
+
+
+def test_methods_are_told_apart_by_what_each_edit_did(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    edits = [edit(f"The capital of {word}", "Rome", rephrases=(f"{word} has",)) for word in ("Spain", "France", "Ann")]
+    edits += [edit(f"Who is {word}", "Paris") for word in ("Bob", "Emma", "Zed", "Alice", "London")]
+    comparison = Comparison(
+        model, ["ft", "ft@still"], edits, [4, 8], tmp_path, settings={"ft": FT, "ft@still": {**FT, "steps": 1}},
+        controls=False, max_new_tokens=1,
+    )  # fmt: skip
+    rows = list(comparison.run())
+    found = comparison.differences(rows)
+    assert found.keys() == {"reliability", "generalization"}  # no locality prompts
+    (pair,) = found["reliability"]
+    assert (pair["first"], pair["second"], pair["edits"]) == ("ft", "ft@still", 8)
+    right = {row["method"]: row["reliability"]["generated"] for row in rows if row["edits"] == 8}
+    assert pair["difference"] == pytest.approx(right["ft"] - right["ft@still"])
+    assert pair["adjusted_p"] == pair["p"] < 0.05
+    said = [json.loads(line) for line in (tmp_path / "ft" / "answers-8.jsonl").read_text("utf-8").splitlines()]
+    assert [line["id"] for line in said] == [one.id for one in edits]
+    assert set(said[0]["said"]) == {"The capital of Spain", "Spain has"}
+    assert sum(line["reliability"][0][0] for line in said) / 8 == right["ft"]
+    (tmp_path / "ft" / "answers-8.jsonl").unlink()
+    assert comparison.differences(rows) == {}

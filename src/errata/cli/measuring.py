@@ -206,7 +206,7 @@ def compare(
     for name, count in comparison.stopped.items():
         log(f"{name} stopped at {count} edits: reliability is below {stop_below:g} (--stop-below 0 goes on)")
     chosen = comparison.chosen(rows)
-    horizons = comparison.horizons(chosen)
+    horizons, differences = comparison.horizons(chosen), comparison.differences(chosen)
     figure = out / "comparison.png"
 
     def words() -> None:
@@ -223,12 +223,19 @@ def compare(
         Console().print(table)
         told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
         print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
+        for name, pairs in differences.items():
+            alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
+            beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
+            words = [f"better than {', '.join(beaten)}"] if beaten else []
+            words += [f"not told apart from {', '.join(alike)}"] if alike else []
+            print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
         print(f"figure: {figure}")
 
     record = {
         "model": model.model_id,
         "rows": chosen,
         "horizons": horizons,
+        "differences": differences,
         "stopped": comparison.stopped,
         "figure": str(figure),
         "folder": str(out),

@@ -1,8 +1,8 @@
 """Several methods on the same edits in the same order, without reset, asked at the same checkpoints.
 
 A comparison lives in a folder: in `comparison.json` how it is made, in `rows.jsonl` its finished rows, and per method
-its adapter at every checkpoint and its counters at the last. A run that was killed goes on from there; no finished row
-is made again.
+its adapter and everything that was said (`answers-N.jsonl`) at every checkpoint, and its counters at the last. A run
+that was killed goes on from there; no finished row is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from errata.evaluation.figures import comparison_figure, save_figure
 from errata.evaluation.metrics import finite_or_none, held_until
 from errata.evaluation.protocol import Examination, Result, run_sequence
 from errata.evaluation.provenance import run_provenance
-from errata.evaluation.rows import RowFile, digest, write_json
+from errata.evaluation.rows import RowFile, digest, write_json, write_lines
+from errata.evaluation.significance import compare_methods
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
@@ -201,6 +202,35 @@ class Comparison:
                 found[method] = {"edits": edits, "fell": fell}
         return found
 
+    def differences(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        """Per property, the best run against every other, paired over edits, at the last checkpoint that all reached.
+
+        A property of which nothing was asked is left out, and so is everything with fewer than two runs, or where
+        answers are missing that an earlier version did not keep.
+        """
+        reached = [{row["edits"] for row in rows if row["method"] == method} for method in self.methods]
+        shared = set.intersection(*reached) if len(reached) > 1 else set[int]()
+        if not shared or not all(self._answers(method, max(shared)).is_file() for method in self.methods):
+            return {}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name in ("reliability", "generalization", "locality"):
+            scores = {method: self._per_edit(method, max(shared), name) for method in self.methods}
+            if all(scores.values()):
+                best = max(scores, key=lambda method: sum(scores[method]))
+                found[name] = [
+                    {"edits": max(shared), **one.to_record()} for one in compare_methods(scores, against=best)
+                ]
+        return found
+
+    def _answers(self, method: str, edits: int) -> Path:
+        return self.folder / method / f"answers-{edits}.jsonl"
+
+    def _per_edit(self, method: str, edits: int, name: str) -> list[float]:
+        """A property of every edit that was asked about it, generated."""
+        lines = RowFile(self._answers(method, edits), {"id", name}).read()
+        asked = [[triple[0] for triple in line[name]] for line in lines if line[name]]
+        return [sum(values) / len(values) for values in asked]
+
     def _editor(self, method: str, adapter: Adapter | None = None) -> Editor[Any]:
         made: Editor[Any] = editor_class(method_of(method))(self.model, self.configs[method], adapter=adapter)
         return made
@@ -231,6 +261,7 @@ class Comparison:
                 editor, self.examination, self.checkpoints, texts=self.texts, resume=state, progress=progress
             ):
                 editor.adapter.save_pretrained(place / f"adapter-{after['done']}")
+                write_lines(self._answers(method, checkpoint.edits), (a.to_record() for a in checkpoint.result.asked))
                 row = {"method": method, "of": method, "baseline": False, **checkpoint.to_record()}
                 if (method, checkpoint.edits) not in done:
                     yield self._rows.append({**row, "memory_version": editor.adapter.memory_version})

@@ -42,6 +42,11 @@ class AskedEdit:
     portability: list[Triple]
     said: dict[str, str]
 
+    def to_record(self) -> dict[str, Any]:
+        """JSON: per property one [exact, contains, teacher-forced] for each prompt, and all that was said."""
+        scores = {name: getattr(self, name) for name in ("reliability", "generalization", "locality", "portability")}
+        return {"id": self.edit.id, **scores, "said": self.said}
+
 
 def _mean(triples: Sequence[Triple], part: int) -> float:
     return sum(triple[part] for triple in triples) / len(triples)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from errata.errors import ArtifactError
 
-__all__ = ["RowFile", "digest", "write_json"]
+__all__ = ["RowFile", "digest", "write_json", "write_lines"]
 
 
 class RowFile:
@@ -62,6 +62,14 @@ class RowFile:
 def digest(text: str) -> str:
     """32 hexadecimal digits."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """JSONL, all or nothing."""
+    draft = path.with_name(path.name + ".new")
+    with open(draft, "w", encoding="utf-8", newline="\n") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    os.replace(draft, path)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

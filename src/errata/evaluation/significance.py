@@ -15,7 +15,7 @@ import numpy as np
 
 from errata.evaluation.metrics import bootstrap_mean
 
-__all__ = ["Comparison", "compare_methods", "holm", "mcnemar", "sign_flip_test", "wilson_interval"]
+__all__ = ["Difference", "compare_methods", "holm", "mcnemar", "sign_flip_test", "wilson_interval"]
 
 _Z = 1.959963984540054  # of 95 %, both sides
 
@@ -86,7 +86,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """Two methods on the same edits.
 
     Attributes:
@@ -106,19 +106,26 @@ class Comparison:
         return dict(vars(self))
 
 
-def compare_methods(scores: Mapping[str, Sequence[float]], *, seed: int = 0) -> list[Comparison]:
-    """Every two methods, on values per edit in the same order; p adjusted over all pairs.
+def compare_methods(
+    scores: Mapping[str, Sequence[float]], *, against: str | None = None, seed: int = 0
+) -> list[Difference]:
+    """Every two methods, on values per edit in the same order; p adjusted over all pairs that are compared.
+
+    Args:
+        against: compare this method alone with each of the others.
 
     Raises:
         ValueError: the methods were not asked the same number of edits.
     """
     pairs = list(itertools.combinations(scores, 2))
+    if against is not None:
+        pairs = [(against, other) for other in scores if other != against]
     found = []
     for first, second in pairs:
         differences = [a - b for a, b in zip(scores[first], scores[second], strict=True)]
         found.append((bootstrap_mean(differences, seed=seed), sign_flip_test(differences, seed=seed)))
     adjusted = holm([p for _, p in found])
     return [
-        Comparison(first, second, measure.value, measure.low, measure.high, p, corrected)
+        Difference(first, second, measure.value, measure.low, measure.high, p, corrected)
         for (first, second), (measure, p), corrected in zip(pairs, found, adjusted, strict=True)
     ]
