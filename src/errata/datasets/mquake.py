@@ -6,8 +6,8 @@ case asks stands at its last edit, because only then is all of it written: the m
 ("multi_hop"), and the hops that no rewrite of the case touches in the locality ("single_hop", their answers stay). A
 run that is asked between two edits of a case thus never asks a question that cannot be answered yet.
 
-Every edit has the case's number (`case_id`) and its own rewrite in `extra`; the rest of the case, such as the old
-chain, is kept at its last edit. The cases are independent: two of them may rewrite one fact differently, which is
+Every edit has the case's number (`case_id`) and its own rewrite in `extra`; the rest of the case, such as the two
+chains, is kept at its last edit. The cases are independent: two of them may rewrite one fact differently, which is
 reported as a contradiction.
 """
 
@@ -24,7 +24,7 @@ NAME = "MQuAKE"
 KEYS = "requested_rewrite as a list, questions, new_answer"
 TRUTH = "ground_truth"
 
-_USED = {"requested_rewrite", "questions", "new_answer", "new_answer_alias", "new_single_hops"}
+_USED = {"requested_rewrite", "questions", "new_answer", "new_answer_alias"}
 
 
 def recognises(record: dict[str, Any]) -> bool:

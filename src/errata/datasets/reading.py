@@ -37,6 +37,18 @@ _RECORD_OPENS = re.compile(rf"(?:\[\s*)?\{{\s*{_STRING}")
 _HEADER = re.compile(r"[A-Za-z_][\w.\-]*(?:,[A-Za-z_][\w.\-]*)+")
 
 
+class _KeyTwice(ValueError):
+    """A key stands twice in an object: two records run into each other, or one of the values would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
 @dataclass(frozen=True)
 class Record:
     """One decoded record and the line on which it begins (1-based). Of a file of plain text, one line."""
@@ -137,7 +149,7 @@ def _from_lines(path: Path, text: str) -> Iterator[Record | FormatError]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:  # besides broken JSON: endless digits, endless nesting
             yield FormatError(
                 str(path), number, None, f"is not JSON ({_reason(error)})", "write one JSON object a line"
@@ -149,6 +161,8 @@ def _from_lines(path: Path, text: str) -> Iterator[Record | FormatError]:
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
+    if isinstance(error, _KeyTwice):
+        return str(error)
     return "nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
@@ -224,7 +238,7 @@ class _Places:
 
 def _from_list(path: Path, text: str, at: int, section: str | None = None) -> Iterator[Record | FormatError]:
     """The records of a list that begins here; with `section`, of all the lists of the object it belongs to."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     places = _Places(text)
     sectioned = section is not None
     while True:
