@@ -432,6 +432,17 @@ def test_the_known_forms_are_told_apart_by_name() -> None:
     assert all(form.keys and form.holds for form in known_forms())
 
 
+def test_records_on_one_line_are_named_by_their_number(tmp_path: Path) -> None:
+    records = [{"prompt": "p", "target": "t"}, {"prompt": "q"}, {"prompt": "r", "target": "t"}]
+    found = read_edits(write(tmp_path / "x.json", json.dumps([*records, records[2]])))
+    assert [str(problem).split(": ", 1)[1].split(";")[0] for problem in found.problems] == [
+        "field 'target': record 2 of this line: is missing",
+        "record 4 of this line: repeats the record of line 1, record 3",
+    ]
+    pretty = read_edits(write(tmp_path / "y.json", json.dumps(records, indent=1)))
+    assert "of this line" not in str(pretty.problems[0])
+
+
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     edits = [Edit(prompt="p", target="t"), Edit(prompt="q", target="ü", rephrases=("r",))]

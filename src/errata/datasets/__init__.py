@@ -156,14 +156,20 @@ def _reader_of(first: Iterable[Record | FormatError]) -> ModuleType | None:
     return plain if any(isinstance(value, dict) and plain.likely(value) for value in values) else None
 
 
+def _error(path: Path, record: Record, field: str | None, problem: str, remedy: str) -> FormatError:
+    """Names the record too where several begin on one line."""
+    which = "" if record.on_line == 1 else f"record {record.on_line} of this line: "
+    return FormatError(str(path), record.line, field, which + problem, remedy)
+
+
 def _unknown(path: Path, record: Record) -> FormatError:
     value = record.value
     if not isinstance(value, (dict, str)):
         found = f"expected an object, found {type(value).__name__}"
-        return FormatError(str(path), record.line, None, found, "write one JSON object per edit")
+        return _error(path, record, None, found, "write one JSON object per edit")
     keys = sorted(value) if isinstance(value, dict) else "text"
     known = "; ".join(f"{reader.NAME} ({reader.KEYS})" for reader in _READERS)
-    return FormatError(str(path), record.line, None, f"no known form of edit (found {keys})", f"known forms: {known}")
+    return _error(path, record, None, f"no known form of edit (found {keys})", f"known forms: {known}")
 
 
 def _edits_of(path: Path, record: Record, reader: ModuleType | None) -> list[Edit]:
@@ -173,17 +179,13 @@ def _edits_of(path: Path, record: Record, reader: ModuleType | None) -> list[Edi
     shape = getattr(reader, "SHAPE", dict)
     if not isinstance(record.value, shape):
         wanted = {dict: "an object", list: "a list", str: "a line of text"}[shape]
-        raise FormatError(
-            str(path),
-            record.line,
-            None,
-            f"expected {wanted}, found {type(record.value).__name__}",
-            "write one JSON object per edit" if shape is dict else f"write {wanted}, as in the rest of the file",
-        )
+        found_kind = f"expected {wanted}, found {type(record.value).__name__}"
+        remedy = "write one JSON object per edit" if shape is dict else f"write {wanted}, as in the rest of the file"
+        raise _error(path, record, None, found_kind, remedy)
     try:
         found: Edit | list[Edit] = reader.read(record.value)
     except FieldProblem as problem:
-        raise FormatError(str(path), record.line, problem.field, problem.problem, problem.remedy) from problem
+        raise _error(path, record, problem.field, problem.problem, problem.remedy) from problem
     return [found] if isinstance(found, Edit) else found
 
 
@@ -196,24 +198,24 @@ class _Seen:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.by_name: dict[str, tuple[int, Edit]] = {}
+        self.by_name: dict[str, tuple[Record, Edit]] = {}
         self.by_prompt: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {}
 
-    def named_once(self, line: int, edit: Edit) -> Edit:
+    def named_once(self, record: Record, edit: Edit) -> Edit:
         """The edit under an id that no earlier one of the file has; see `read_edits`. Raises FormatError, _Repeat."""
         name, number = edit.id, 1
         while name in self.by_name:
             first, earlier = self.by_name[name]
             if earlier == edit.model_copy(update={"id": name}):
-                problem, remedy = f"repeats the record of line {first}", "the first one is used; remove this one"
-                raise _Repeat(FormatError(str(self.path), line, None, problem, remedy))
+                problem, remedy = f"repeats the record of {first.place}", "the first one is used; remove this one"
+                raise _Repeat(_error(self.path, record, None, problem, remedy))
             if not edit.has_derived_id:
-                problem = f"{name!r} names another edit, that of line {first}"
-                raise FormatError(str(self.path), line, "id", problem, "give each edit its own id")
+                problem = f"{name!r} names another edit, that of {first.place}"
+                raise _error(self.path, record, "id", problem, "give each edit its own id")
             number += 1
             name = f"{edit.id}-{number}"
         named = edit if name == edit.id else edit.model_copy(update={"id": name})
-        self.by_name[name] = (line, named)
+        self.by_name[name] = (record, named)
         return named
 
     def note(self, line: int, edit: Edit) -> None:
@@ -268,7 +270,7 @@ def read_file(path: str | Path, *, limit: int | None = None, strict: bool = Fals
             # A contradiction is one even where the second record is left out because of its id.
             seen.note(record.line, edit)
             try:
-                result.edits.append(seen.named_once(record.line, edit))
+                result.edits.append(seen.named_once(record, edit))
             except (FormatError, _Repeat) as error:
                 problem = error if isinstance(error, FormatError) else error.args[0]
                 if strict:

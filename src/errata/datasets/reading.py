@@ -51,10 +51,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """One decoded record and the line on which it begins (1-based). Of a file of plain text, one line."""
+    """One decoded record and the line on which it begins (1-based). Of a file of plain text, one line.
+
+    Attributes:
+        on_line: which one it is of those that begin on this line; JSON lists often stand on a single one.
+    """
 
     line: int
     value: Any
+    on_line: int = 1
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words."""
+        return f"line {self.line}" if self.on_line == 1 else f"line {self.line}, record {self.on_line}"
 
 
 def _unzipped(path: Path, raw: bytes) -> tuple[bytes, FormatError | None]:
@@ -166,7 +176,7 @@ def _reason(error: ValueError | RecursionError) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
-def _checked(path: Path, line: int, value: Any, source: str) -> Record | FormatError:
+def _checked(path: Path, line: int, value: Any, source: str, on_line: int = 1) -> Record | FormatError:
     """The record, unless it holds bytes that are no text, or half of a surrogate pair: no tokenizer takes that and no
     file can hold it.
     """
@@ -181,7 +191,7 @@ def _checked(path: Path, line: int, value: Any, source: str) -> Record | FormatE
             except UnicodeEncodeError:
                 found = "half of a surrogate pair (\\ud800 to \\udfff alone)"
                 return FormatError(str(path), line, key, found, "write the whole character")
-    return Record(line, value)
+    return Record(line, value, on_line)
 
 
 def _single_object(text: str) -> Any:
@@ -241,6 +251,7 @@ def _from_list(path: Path, text: str, at: int, section: str | None = None) -> It
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     places = _Places(text)
     sectioned = section is not None
+    last_line, on_line = 0, 0
     while True:
         match = _SPACE.match(text, at)
         at = match.end() if match else at
@@ -251,12 +262,14 @@ def _from_list(path: Path, text: str, at: int, section: str | None = None) -> It
             )
             return
         value: Any = None
+        # The damaged count too: the next one keeps its number.
+        last_line, on_line = line, on_line + 1 if line == last_line else 1
         try:
             if text[at] == "]":
                 if re.compile(r"\]\s*\}\s*\Z" if sectioned else r"\]\s*\Z").match(text, at):
                     return
                 if sectioned and (following := _NEXT_SECTION.match(text, at)):
-                    section, at = json.loads(following[1]), following.end()
+                    section, at, on_line = json.loads(following[1]), following.end(), on_line - 1
                     continue
                 raise json.JSONDecodeError("the list is closed before its end", text, at)
             value, end = decoder.raw_decode(text, at)
@@ -282,7 +295,7 @@ def _from_list(path: Path, text: str, at: int, section: str | None = None) -> It
         source = text[at:end]
         if sectioned and isinstance(value, dict):
             value = {SECTION: section, **value}
-        yield _checked(path, line, value, source)
+        yield _checked(path, line, value, source, on_line)
         at = end
 
 
