@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 
@@ -318,18 +319,45 @@ def test_records_that_run_into_each_other_are_reported(tmp_path: Path, indent: i
     assert [(problem.line, len(read_edits(lines).edits)) for problem in read_edits(lines).problems] == [(1, 1)]
 
 
+SECTIONS = {
+    "success": [{"question": f"q{n}", "ground_truth": "t", "target_new": "I don't know."} for n in range(3)],
+    "locality": [{"question": f"r{n}", "ground_truth": "u"} for n in range(3)],
+}
+
+
+DAMAGES = ['"', "}", "]", "{", "[", ",", ":", "\\", "\n", "null", ""]
+
+
+@pytest.mark.parametrize("shape", ["list", "pretty list", "lines", "object of lists", "csv"])
+def test_no_damage_passes_unnoticed_or_costs_more_than_its_place(tmp_path: Path, shape: str) -> None:
+    records = [FULL | {"case_id": number, "note": f"n{number}"} for number in range(8)]
+    csv_lines = ["subjectLabel,relation,objectLabel", *(f'"S, {n}",r{n},"o{n}"' for n in range(8))]
+    text = {
+        "list": json.dumps(records),
+        "pretty list": json.dumps(records, indent=2),
+        "lines": "\n".join(map(json.dumps, records)),
+        "object of lists": json.dumps({name: part * 2 for name, part in SECTIONS.items()}, indent=1),
+        "csv": "\n".join(csv_lines) + "\n",
+    }[shape]
+    whole = read_file(write(tmp_path / "x", text))
+    # Where a list's name is hit, its records may end up within the record before.
+    most = 6 if shape == "object of lists" else 3
+    generator = random.Random(0)
+    for _ in range(150):
+        at, damage = generator.randrange(len(text) // 4, len(text)), generator.choice(DAMAGES)
+        end = at + (generator.choice((1, 30 if shape != "csv" else 1)) if not damage else 0)
+        found = read_file(write(tmp_path / "x", text[:at] + damage + text[end:]))
+        assert found.format == whole.format
+        assert found.records >= whole.records - most, (at, damage)
+        assert found.records == whole.records or found.problems, (at, damage)
+
+
 def test_text_behind_a_closed_list_is_not_passed_over(tmp_path: Path) -> None:
     text = json.dumps([FLAT | {"case_id": number} for number in range(4)], indent=1)
     closed = text.replace('"case_id": 2', '"case_id": 2}], [{"x": 1', 1)
     found = read_edits(write(tmp_path / "x.json", closed))
     assert [edit.id for edit in found.edits] == ["counterfact-0", "counterfact-1", "counterfact-3"]
     assert any("closed before its end" in str(problem) for problem in found.problems)
-
-
-SECTIONS = {
-    "success": [{"question": f"q{n}", "ground_truth": "t", "target_new": "I don't know."} for n in range(3)],
-    "locality": [{"question": f"r{n}", "ground_truth": "u"} for n in range(3)],
-}
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -382,8 +410,6 @@ def test_bytes_that_are_no_text_cost_their_record_only(tmp_path: Path) -> None:
 
 
 def test_a_compressed_file_that_breaks_off_gives_what_can_be_unpacked(tmp_path: Path) -> None:
-    import random
-
     noise = random.Random(0)
     lines = [json.dumps({"prompt": f"p{n}", "target": str(noise.random())}) for n in range(5000)]
     packed = gzip.compress("\n".join(lines).encode())
@@ -397,6 +423,11 @@ def test_a_compressed_file_that_breaks_off_gives_what_can_be_unpacked(tmp_path: 
     path.write_bytes(packed[:-8])
     with pytest.raises(FormatError, match="cannot be unpacked"):
         read_edits(path, strict=True)
+
+
+def test_a_form_is_found_behind_any_number_of_damaged_records(tmp_path: Path) -> None:
+    found = read_edits(write(tmp_path / "x.jsonl", '{"x": 1}\n{broken\n' * 40 + json.dumps(FLAT)))
+    assert (found.format, len(found.edits), len(found.problems)) == ("CounterFact", 1, 80)
 
 
 def test_text_of_no_known_form_says_so(tmp_path: Path) -> None:

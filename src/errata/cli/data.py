@@ -54,28 +54,33 @@ def _counts(found: EditFile) -> dict[str, Any]:
     }
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The files named and those of the folders named, each once."""
-    found = []
+def _files(paths: Sequence[Path]) -> dict[Path, str]:
+    """The files named and those of the folders named, each once, with their names from there on."""
+    found: dict[Path, str] = {}
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        found += inside if path.is_dir() else [path]
-    return list(dict.fromkeys(found))
+        if not path.is_dir():
+            found.setdefault(path, str(path))
+            continue
+        for inside in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            found.setdefault(inside, str(inside.relative_to(path)))
+    return found
 
 
 def list_files(paths: Sequence[Path], as_json: bool) -> None:
     from errata.datasets import read_file
 
     rows: list[dict[str, Any]] = []
+    unread: dict[str, str] = {}
     files = _files(paths)
     with progress_bar() as progress:
         progress.start("reading", len(files))
-        for path in files:
+        for path, name in files.items():
             try:
                 rows.append({"file": str(path), **_counts(read_file(path)), "error": None})
             except FormatError as error:
                 none = dict.fromkeys(("format", "holds", *_COLUMNS))
                 rows.append({"file": str(path), **none, "error": str(error)})
+                unread[name] = error.problem
             progress.advance(note=path.name)
 
     def words() -> None:
@@ -86,14 +91,14 @@ def list_files(paths: Sequence[Path], as_json: bool) -> None:
         table.add_column("file", overflow="fold")
         table.add_column("form", overflow="fold")
         for column in _COLUMNS:
-            table.add_column(column, justify="right")
-        for row in rows:
+            table.add_column(column, justify="right", overflow="fold")
+        for row, name in zip(rows, files.values(), strict=True):
             if row["error"] is None:
-                table.add_row(*plain(row["file"], row["format"], *(f"{row[column]:,}" for column in _COLUMNS)))
-        Console().print(table)
-        for row in rows:
-            if row["error"] is not None:
-                print(row["error"])
+                table.add_row(*plain(name, row["format"], *(f"{row[column]:,}" for column in _COLUMNS)))
+        if table.row_count:
+            Console().print(table)
+        for name, problem in unread.items():
+            print(f"{name}: {problem}")
 
     emit({"files": rows}, as_json, words)
 

@@ -172,10 +172,8 @@ def _unknown(path: Path, record: Record) -> FormatError:
     return _error(path, record, None, f"no known form of edit (found {keys})", f"known forms: {known}")
 
 
-def _edits_of(path: Path, record: Record, reader: ModuleType | None) -> list[Edit]:
+def _edits_of(path: Path, record: Record, reader: ModuleType) -> list[Edit]:
     """Raises FormatError when the record is of another form or a field does not fit."""
-    if reader is None:
-        raise _unknown(path, record)
     shape = getattr(reader, "SHAPE", dict)
     if not isinstance(record.value, shape):
         wanted = {dict: "an object", list: "a list", str: "a line of text"}[shape]
@@ -244,11 +242,15 @@ def read_file(path: str | Path, *, limit: int | None = None, strict: bool = Fals
     records = iterate_records(path)
     first = list(itertools.islice(records, _FIRST))
     reader = _reader_of(first)
+    if reader is None:
+        first += records  # all of the first may be damaged
+        reader = _reader_of(first)
+    if reader is None:
+        for record in first:
+            raise record if isinstance(record, FormatError) else _unknown(path, record)
+        raise FormatError(str(path), None, None, "holds no edits", "give at least one")
     seen = _Seen(path)
-    result = EditFile("", [])
-    if reader is not None:
-        result.format, result.truth = reader.NAME, getattr(reader, "TRUTH", "target")
-        result.holds = getattr(reader, "HOLDS", None)
+    result = EditFile(reader.NAME, [], truth=getattr(reader, "TRUTH", "target"), holds=getattr(reader, "HOLDS", None))
     for record in itertools.chain(first, records):
         if limit is not None and len(result.edits) + len(result.others) >= limit:
             break
@@ -277,12 +279,8 @@ def read_file(path: str | Path, *, limit: int | None = None, strict: bool = Fals
                     raise problem from None
                 result.repeats += isinstance(error, _Repeat)
                 result.problems.append(problem)
-    if not result.edits and not result.others:
-        raise (
-            result.problems[0]
-            if result.problems
-            else FormatError(str(path), None, None, "holds no edits", "give at least one")
-        )
+    if not result.edits and not result.others and result.problems:
+        raise result.problems[0]
     result.conflicts = seen.conflicts()
     return result
 
