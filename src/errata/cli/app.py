@@ -27,6 +27,10 @@ app = typer.Typer(
 )
 atlas_app = typer.Typer(help="atlas, the small model that comes with errata.", no_args_is_help=True)
 app.add_typer(atlas_app, name="atlas")
+data_app = typer.Typer(
+    help="Files of edits: what is known, what is in them, what a model gets wrong.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
@@ -94,7 +98,7 @@ ModelName = Annotated[str, typer.Option("--model", help="A folder, a Hugging Fac
 Device = Annotated[str | None, typer.Option(help="Where to load the model: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; float32 on a CPU if not given.")]
 EditsFile = Annotated[
-    Path, typer.Option("--edits", help="errata JSONL, or JSON of CounterFact, ZsRE, WikiBio, Temporal; .gz too.")
+    Path, typer.Option("--edits", help="errata JSONL, or a benchmark's file; .gz too. See errata data list.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N edits.", min=1)]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that does not fit.")]
@@ -105,6 +109,70 @@ MaxNewTokens = Annotated[
     int, typer.Option(help="Longest answer that is generated, the same for every question.", min=1)
 ]
 Text = Annotated[Path | None, typer.Option(help="Held-out text for perplexity; errata's own prose if not given.")]
+
+
+@data_app.command("list")
+@guarded()
+def data_list(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Files or folders; without any, the forms that are known.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which forms of files are known; or per file its form, records, edits, problems and contradictions."""
+    from errata.cli.data import list_files, list_forms
+
+    if paths:
+        list_files(paths, as_json)
+    else:
+        list_forms(as_json)
+
+
+@data_app.command("show")
+@guarded()
+def data_show(
+    file: Annotated[Path, typer.Argument(help="A file of a form that errata data list names.")],
+    limit: Annotated[int, typer.Option(help="How many edits are shown.", min=0)] = 3,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """What is in a file: form, counts, kinds of probes, what is left out, contradictions, the first edits."""
+    from errata.cli.data import show
+
+    show(file, limit, strict, as_json)
+
+
+@data_app.command("convert")
+@guarded()
+def data_convert(
+    file: Annotated[Path, typer.Argument(help="A file of edits of any known form.")],
+    out: Annotated[Path, typer.Argument(help="Where to write errata JSONL.")],
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a file's edits as errata JSONL; what is left out is reported."""
+    from errata.cli.data import convert
+
+    convert(file, out, strict, as_json)
+
+
+@data_app.command("wrong-facts")
+@guarded(kept="the answers so far are kept, and the same command goes on with the rest")
+def data_wrong_facts(
+    facts: Annotated[Path, typer.Option(help="File of facts, of any form that errata data list names.")],
+    out: Annotated[Path, typer.Option(help="Where to write the edits; answers are kept beside it, in OUT.asked.")],
+    model: ModelName = "atlas",
+    limit: Annotated[int | None, typer.Option(help="Ask only about the first N facts.", min=1)] = None,
+    max_new_tokens: MaxNewTokens = 32,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about facts, and write those it gets wrong as edits. Resumable after a kill."""
+    from errata.cli.data import wrong_facts
+
+    wrong_facts(model, facts, out, limit, max_new_tokens, strict, device, dtype, as_json)
 
 
 @app.command()

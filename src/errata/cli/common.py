@@ -79,6 +79,8 @@ def load_edits(path: Path, limit: int | None, strict: bool) -> EditFile:
         log(f"left out: {problem}")
     if found.problems:
         log(f"{len(found.problems)} records left out, {len(found.edits)} read; --strict stops at the first instead")
+    if found.conflicts:
+        log(f"{len(found.conflicts)} prompts have several targets, all kept; errata data show {path} lists them")
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from errata.datasets.fields import cut_off, required
+from errata.datasets.fields import cut_off, edit_of, required
 from errata.edit import Edit, FieldProblem
 
 __all__ = ["KEYS", "NAME", "read", "recognises"]
@@ -40,14 +40,13 @@ def read(record: dict[str, Any]) -> Edit:
         raise FieldProblem(
             "ood_rephrase", f"has no more words than the prompt ({words})", "give a passage about the same entity"
         )
-    return Edit.from_record(
-        {
-            "prompt": prompt,
-            "target": required(record, "target_new", str),
-            "subject": record.get("subject"),
-            "locality": cut_off(record),
-            "portability": [{"prompt": found[1], "answer": found[2], "kind": "out_of_distribution"}],
-            "source": NAME,
-            **{key: value for key, value in record.items() if key not in _USED},
-        }
+    return edit_of(
+        record,
+        _USED,
+        prompt=prompt,
+        target=required(record, "target_new", str),
+        subject=record.get("subject"),
+        locality=cut_off(record),
+        portability=[{"prompt": found[1], "answer": found[2], "kind": "out_of_distribution"}],
+        source=NAME,
     )

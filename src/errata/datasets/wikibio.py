@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from errata.datasets.fields import cut_off, required
+from errata.datasets.fields import cut_off, edit_of, required
 from errata.edit import Edit
 
 __all__ = ["KEYS", "NAME", "read", "recognises"]
@@ -31,13 +31,12 @@ def recognises(record: dict[str, Any]) -> bool:
 
 def read(record: dict[str, Any]) -> Edit:
     """A record as an edit. Raises FieldProblem when a field does not fit."""
-    return Edit.from_record(
-        {
-            "prompt": required(record, "prompt", str),
-            "target": required(record, "target_new", str),
-            "subject": record.get("subject"),
-            "locality": cut_off(record),
-            "source": NAME,
-            **{key: value for key, value in record.items() if key not in _USED},
-        }
+    return edit_of(
+        record,
+        _USED,
+        prompt=required(record, "prompt", str),
+        target=required(record, "target_new", str),
+        subject=record.get("subject"),
+        locality=cut_off(record),
+        source=NAME,
     )
