@@ -36,6 +36,7 @@ class Probe(BaseModel):
     """A prompt that is asked to see what an edit did, with the answer if one is right or was given.
 
     `kind` says what it probes ("same_relation", "same_subject", "unrelated", "second_language", ...); free text.
+    `aliases` are other names of the answer, each of them right.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -43,6 +44,7 @@ class Probe(BaseModel):
     prompt: str
     answer: str | None = None
     kind: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @field_validator("prompt")
     @classmethod
@@ -72,6 +74,7 @@ class Edit(BaseModel):
         prompt: the text before the answer ("The capital of France is").
         target: the new answer ("Rome"), without leading space; what the model shall say from now on.
         id: names the edit; by default derived from prompt, target and subject.
+        aliases: other names of the target; where what the model writes is scored, each of them is right.
         subject: the words of the prompt that the fact is about; some methods need them.
         ground_truth: the old answer.
         rephrases: other ways to ask; generalization is measured on them.
@@ -85,6 +88,7 @@ class Edit(BaseModel):
     prompt: str
     target: str
     id: str = ""
+    aliases: tuple[str, ...] = ()
     subject: str | None = None
     ground_truth: str | None = None
     rephrases: tuple[str, ...] = ()

@@ -697,3 +697,18 @@ def test_methods_are_told_apart_by_what_each_edit_did(tmp_path: Path) -> None:
     assert sum(line["reliability"][0][0] for line in said) / 8 == right["ft"]
     (tmp_path / "ft" / "answers-8.jsonl").unlink()
     assert comparison.differences(rows) == {}
+
+
+def test_any_name_of_an_answer_is_right_where_it_is_written() -> None:
+    model = tiny_model("llama")
+    (said,) = model.generate(["Ann plays the"], max_new_tokens=1)
+    probe = Probe(prompt="Ann plays the", answer="Berlin", kind="one_hop", aliases=("nobody", said))
+    named = edit("Ann plays the", "Rome", aliases=(said,), portability=(probe,))
+    plain = edit("Ann plays the", "Rome", portability=(probe.model_copy(update={"aliases": ()}),))
+    assert Edit.from_record(json.loads(named.to_json())) == named
+    for one, right in ((named, 1.0), (plain, 0.0)):
+        exam = Examination(model, [one], max_new_tokens=1)
+        exam.ask_base()
+        result = exam.ask()
+        assert result.reliability.generated.value == result.portability.generated.value == right
+        assert result.reliability.teacher_forced.value == 0.0

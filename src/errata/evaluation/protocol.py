@@ -17,7 +17,15 @@ from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
 from errata.errors import ConfigError
 from errata.evaluation.lifelong import retention_by_age
-from errata.evaluation.metrics import Score, answers_exactly, contains, finite_or_none, same_text, token_accuracy
+from errata.evaluation.metrics import (
+    Score,
+    answers_exactly,
+    best_answer,
+    contains,
+    finite_or_none,
+    same_text,
+    token_accuracy,
+)
 from errata.model import EditableModel
 from errata.model.generation import Written, write
 from errata.model.scoring import forced_answers
@@ -199,7 +207,9 @@ class Examination:
         said = _texts(written)
         found = []
         for edit in edits:
-            first, *others = (self._right(prompt, answer, said, forced) for prompt, answer in _targets(edit))
+            first, *others = (
+                self._right(prompt, answer, edit.aliases, said, forced) for prompt, answer in _targets(edit)
+            )
             found.append((first, others))
         return found
 
@@ -216,11 +226,17 @@ class Examination:
         return sorted(pairs)
 
     def _right(
-        self, prompt: str, answer: str, said: Mapping[str, str], forced: Mapping[tuple[str, str], tuple[int, ...]]
+        self,
+        prompt: str,
+        answer: str,
+        aliases: Sequence[str],
+        said: Mapping[str, str],
+        forced: Mapping[tuple[str, str], tuple[int, ...]],
     ) -> Triple:
-        text = said[prompt]
+        """What is written may name the answer in any of its names; forced is its first name alone."""
+        text, names = said[prompt], (answer, *aliases)
         share = token_accuracy(forced[prompt, answer], self.model.passage(prompt, answer).answer)
-        return float(answers_exactly(text, answer)), float(contains(text, answer)), share
+        return best_answer(answers_exactly, text, names), best_answer(contains, text, names), share
 
     def _result(
         self,
@@ -228,8 +244,8 @@ class Examination:
         said: Mapping[str, str],
         forced: Mapping[tuple[str, str], tuple[int, ...]],
     ) -> Result:
-        def right(prompt: str, answer: str) -> Triple:
-            return self._right(prompt, answer, said, forced)
+        def right(prompt: str, answer: str, aliases: Sequence[str]) -> Triple:
+            return self._right(prompt, answer, aliases, said, forced)
 
         def unchanged(probe: Probe) -> Triple:
             pair = self._locality_pair(probe)
@@ -241,10 +257,10 @@ class Examination:
             probes = (*edit.locality, *edit.portability)
             return AskedEdit(
                 edit,
-                [right(edit.prompt, edit.target)],
-                [right(text, edit.target) for text in edit.rephrases],
+                [right(edit.prompt, edit.target, edit.aliases)],
+                [right(text, edit.target, edit.aliases) for text in edit.rephrases],
                 [unchanged(probe) for probe in edit.locality],
-                [right(probe.prompt, probe.answer or "") for probe in edit.portability],
+                [right(probe.prompt, probe.answer or "", probe.aliases) for probe in edit.portability],
                 {prompt: said[prompt] for prompt in (edit.prompt, *edit.rephrases, *(p.prompt for p in probes))},
             )
 

@@ -95,7 +95,7 @@ def find_wrong_facts(
 
 
 def _right_answers(fact: Edit) -> list[str]:
-    """The target, and the others where the record lists several right answers of which it is one."""
+    """The target by all its names, and the others where the record lists several right answers of which it is one."""
     listed = fact.extra.get("answers")
     others = [answer for answer in listed if isinstance(answer, str)] if isinstance(listed, list) else []
-    return [fact.target, *others] if fact.target in others else [fact.target]
+    return [fact.target, *fact.aliases, *(others if fact.target in others else ())]
