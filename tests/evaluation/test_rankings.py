@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ EDITS = [
 
 def test_what_is_ranked_is_the_mean_log_probability_of_a_token() -> None:
     model = tiny_model("llama")
-    scores = rank_answers(model, EDITS)
+    ranked = rank_answers(model, EDITS)
+    scores = ranked.counterfact
+    assert ranked.edits == 2
 
     def likely(prompt: str, answer: str) -> float:
         (found,) = forced_answers(model, [model.passage(prompt, answer)])
@@ -47,12 +50,18 @@ def test_what_is_ranked_is_the_mean_log_probability_of_a_token() -> None:
     assert scores.paraphrase == float(likely(other, "Rome") > likely(other, "Paris"))
     beside = EDITS[0].locality[0].prompt
     assert scores.neighbourhood == float(likely(beside, "Paris") > likely(beside, "Rome"))
+    # Two probes of the first edit have answers that are not its target.
+    assert ranked.overfitting.keys() == {"same_relation", "unrelated"}
+    other = ranked.overfitting["unrelated"]
+    right, target, old = (likely("Who wrote", answer) for answer in ("Emma", "Rome", "Paris"))
+    assert (other.correct, other.direct) == pytest.approx((math.exp(right), math.exp(target)), abs=1e-6)
+    assert (other.overfitting, other.modified) == (float(right > target), float(right > old))
 
 
 def test_an_edit_that_takes_wins() -> None:
     model = tiny_model("llama")
     FineTune(model, learning_rate=1e-2, steps=60).edit(EDITS)
-    assert rank_answers(model, EDITS).efficacy == 1.0
+    assert rank_answers(model, EDITS).counterfact.efficacy == 1.0
 
 
 def test_edits_without_an_old_answer_cannot_be_ranked() -> None:
@@ -69,7 +78,9 @@ def test_the_command_line_ranks_when_asked(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, [*arguments, "--rankings", "--json"])
     assert found.exit_code == 0, found.output
     ranked = json.loads(found.stdout)["rankings"]
-    assert ranked["before"] == pytest.approx(rank_answers(model, EDITS[:2]).to_record(), abs=1e-5)
+    expected = rank_answers(model, EDITS[:2]).to_record()
+    assert ranked["before"].pop("overfitting").keys() == expected.pop("overfitting").keys()
+    assert ranked["before"] == pytest.approx(expected, abs=1e-5)
     assert "after" not in ranked
     plain = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(plain.stdout)["rankings"] is None

@@ -77,7 +77,7 @@ def evaluate(
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
     control_records: list[dict[str, Any]] = []
-    ranked: dict[str, dict[str, float | None]] = {}
+    ranked: dict[str, dict[str, Any]] = {}
     with progress_bar() as progress:
         if rankings:  # first, so that edits which cannot be ranked are found before anything is asked
             ranked["before"] = rank_answers(model, found.edits, progress=progress).to_record()
@@ -134,6 +134,11 @@ def evaluate(
         for when, scores in ranked.items():
             told = ", ".join(f"{name} {_number(scores[name])}" for name in _RANKED)
             print(f"new answer likelier than the old, {when}: {told}")
+            for kind, own in scores["overfitting"].items():
+                print(
+                    f"  {kind}: right answer {_number(own['correct'])} likely, target {_number(own['direct'])}; right "
+                    f"answer likelier than the target in {_number(own['overfitting'])}"
+                )
         for control in control_records:
             print(f"  with {control['name']}: {_number(control['perplexity'])}")
 

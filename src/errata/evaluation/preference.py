@@ -115,6 +115,10 @@ class OverfittingScores:
     overfitting: float
     modified: float
 
+    def to_record(self) -> dict[str, float | None]:
+        """JSON, null for what was not asked."""
+        return {name: finite_or_none(value) for name, value in vars(self).items()}
+
     @classmethod
     def of(
         cls, correct: Sequence[float], target: Sequence[float], original: Sequence[float] | None = None
