@@ -95,12 +95,16 @@ class LayerChange:
     Attributes:
         norm: Frobenius norm of the change; relative_norm: that over the norm of the base weight.
         entries: edits stored in this layer.
+        similarity: cosine of the weight with the change and the weight without it, by which "Navigating the Dual
+            Facets" (2402.11122) explains damage; None where the change stands beside the weight and acts on some
+            prompts only.
     """
 
     module: str
     norm: float
     relative_norm: float
     entries: int
+    similarity: float | None = None
 
 
 def check_change(change: Tensor, what: str) -> None:

@@ -6,6 +6,7 @@ subtracted. What a dense method wrote and its factors do not hold is kept as one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -252,9 +253,13 @@ class DeltaAdapter(Adapter):
         for path, layer in self._layers.items():
             change = layer.weight_change()
             norm = 0.0 if change is None else float(change.norm())
-            base = float(weight_of(model.module(path)).float().norm())
+            weight = weight_of(model.module(path)).float()
+            base = float(weight.norm())
+            shared = 0.0 if change is None else float((weight * change.to(weight.device)).sum())
+            edited = math.sqrt(max(0.0, base**2 + 2 * shared + norm**2))  # norm of the weight with its change
+            similarity = (base**2 + shared) / (base * edited) if base and edited else 0.0
             entries = len({i for c in self._changes if c.path == path for i in c.edit_ids})
-            found.append(LayerChange(path, norm, norm / base if base else 0.0, entries))
+            found.append(LayerChange(path, norm, norm / base if base else 0.0, entries, similarity))
         return found
 
     @torch.no_grad()
