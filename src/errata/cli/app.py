@@ -250,6 +250,37 @@ def evaluate(
 
 
 @app.command()
+@guarded()
+def damage(
+    adapter: Annotated[Path, typer.Option(help="Folder of an adapter.")],
+    model: ModelName = "atlas",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness with commas between them; atlas stands for its six, none for no task."
+        ),
+    ] = "",
+    include: Annotated[Path | None, typer.Option(help="Folder of task files (YAML) of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in front of every question, instead of the task's own number.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out text, NAME=FILE or FILE, once per domain; errata's own prose if not given."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that a task generates side by side.")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """What edits damaged: capabilities, language modelling, and how far weights have moved."""
+    from errata.cli.damage import damage as run
+
+    run(adapter, model, tasks, include, limit, shots, text or [], batch_size, device, dtype, as_json)
+
+
+@app.command()
 @guarded(kept="finished rows are kept, and the same command goes on with the others")
 def compare(
     methods: Annotated[str, typer.Option(help="Methods with commas between them; METHOD@LABEL for a second run.")] = (
