@@ -173,7 +173,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axis.set_ylim(-0.03, 1.05)
     if is_crowded:
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=6, handlelength=3.0)
+        columns = max(1, min(6, 130 // (max(map(len, labels)) + 11)))  # as many as fit side by side, in characters
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=columns, handlelength=3.0)
     else:
         axes[0].legend(fontsize=9, loc="lower left")
     return figure
