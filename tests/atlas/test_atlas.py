@@ -7,7 +7,6 @@ import random
 from itertools import islice
 
 import pytest
-import torch
 
 from errata.atlas.capabilities import CAPABILITIES, Item, chance_level
 from errata.atlas.corpus import batches, document
@@ -131,7 +130,6 @@ def test_a_resumed_stream_skips_exactly_what_was_read() -> None:
 
 @pytest.fixture(scope="module")
 def atlas() -> EditableModel:
-    torch.set_num_threads(2)
     return EditableModel.load("atlas")
 
 
