@@ -85,7 +85,7 @@ def test_counterfact_with_the_fields_of_files_built_on_it(tmp_path: Path) -> Non
     assert asked(edit.portability) == [("one_hop", "Where?", "France"), ("subject_alias", "Annie is from", "Paris")]
     assert edit.portability[0].model_extra == {"original_answer": "England"}
     assert edit.locality[3].model_extra == {"relation": "job"}
-    assert edit.locality[4].model_extra == {"aliases": ["the flute"]}
+    assert edit.locality[4].aliases == ("the flute",)
     assert edit.extra["requested_rewrite"]["relation_id"] == "P19"
     assert (edit.extra["attribute_prompts"], edit.extra["pararel_idx"]) == (["Zoe is from"], 1)
     assert edit.source == "CounterFact"
@@ -232,7 +232,10 @@ def test_knowedit(tmp_path: Path) -> None:
         ("relation_specificity", "Ann plays", "flute"),
         ("forgetfulness", "Ann, who is not from Paris, is from", None),
     ]
-    assert edit.locality[0].model_extra == {"aliases": ["flutes", "oboe"]}
+    assert edit.locality[0].aliases == (
+        "flutes",
+        "oboe",
+    )
     assert asked(edit.portability) == [
         ("reasoning", "Ann's country is", "France"),
         ("subject_alias", "Annie is from", "Paris"),
@@ -327,7 +330,7 @@ def test_mquake(tmp_path: Path) -> None:
     assert first.extra == {"case_id": 7, "requested_rewrite": record["requested_rewrite"][0]}
     assert (last.id, last.prompt, last.subject) == ("mquake-7-2", "The ruler of Paris is", "Paris")
     assert asked(last.portability) == [("multi_hop", question, "flute") for question in record["questions"]]
-    assert last.portability[0].model_extra == {"aliases": ["the flute"]}
+    assert last.portability[0].aliases == ("the flute",)
     assert asked(last.locality) == [("single_hop", "What does Bob play?", "flute")]
     assert (last.extra["answer"], last.extra["new_single_hops"]) == ("oboe", hops)
     one = problem_of(tmp_path, record | {"requested_rewrite": [record["requested_rewrite"][0] | {"prompt": "Ann is"}]})
