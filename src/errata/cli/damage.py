@@ -95,13 +95,13 @@ def _words(record: Mapping[str, Any]) -> None:
 
     title = f"{record['edits']} edits of {record['method']}: the same items without the adapter and with it"
     table = Table(title=title)
-    for column in ("task", "metric", "items", "before", "after", "change", "interval", "p"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for column in ("task", "items", "before", "after", "change", "interval", "p"):
+        is_name = column == "task"
+        table.add_column(column, justify="left" if is_name else "right", min_width=18 if is_name else None)
     for task in record["tasks"]:
         table.add_row(
             *plain(
-                task["task"],
-                task["metric"],
+                f"{task['task']} ({task['metric']})",
                 str(task["items"]),
                 _share(task["before"]),
                 _share(task["after"]),
