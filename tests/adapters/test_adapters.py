@@ -354,11 +354,10 @@ def test_similarity_is_the_cosine_with_the_unedited_weight() -> None:
     assert (untouched.norm, untouched.similarity) == (0.0, pytest.approx(1.0))
     tuned.edit([Edit(prompt="Ann plays the", target="flute")])
     (change,) = tuned.adapter.layer_changes(model)
-    weight, total = weight_of(model.module(path)).detach(), tuned.adapter.contributions()[path].weight_change()
+    total = tuned.adapter.contributions()[path].weight_change()
     assert total is not None
     with tuned.adapter.detached():
         base = weight_of(model.module(path)).detach().clone().flatten()
     assert change.similarity == pytest.approx(float(torch.cosine_similarity(base, base + total.flatten(), dim=0)))
     assert change.similarity is not None
     assert change.similarity < 1.0
-    assert weight.shape == total.shape

@@ -16,7 +16,7 @@ from errata.adapters import Adapter
 from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
 from errata.errors import ConfigError
-from errata.evaluation.lifelong import retention_by_age
+from errata.evaluation.lifelong import forgetting, retention_by_age
 from errata.evaluation.metrics import (
     Score,
     answers_exactly,
@@ -407,7 +407,6 @@ def run_sequence(
         success = [asked.reliability[0][0] for asked in result.asked]
         earlier = state.best + state.reliable_at_once()[len(state.best) :]
         best = [max(pair) for pair in zip(earlier, success, strict=True)]
-        forgetting = sum(b - s for b, s in zip(best, success, strict=True)) / goal
         state.best = best
         yield (
             Checkpoint(
@@ -415,7 +414,7 @@ def run_sequence(
                 result=result,
                 immediate=state.immediate_scores(),
                 retention=retention_by_age(success),
-                forgetting=forgetting,
+                forgetting=forgetting([best, success]),
                 perplexity=editor.model.perplexity(texts) if texts else math.nan,
                 seconds=state.seconds,
                 prepare_seconds=state.prepare_seconds,
