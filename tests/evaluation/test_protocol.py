@@ -504,6 +504,8 @@ def test_a_comparison_shows_collapse_and_says_when_the_guard_called_it(
         ({"ok": 1}, 0),
         ({"ok": 1, "collapse": 3}, 0),
     ]
+    last = rows[-1]
+    assert last["guard_perplexity"]["collapse"] == last["perplexity"] != last["guard_perplexity"]["ok"]
     refusing = {"ft": {**FT, "guard": "refuse"}}
     rows = compare(tmp_path / "refuse", [3], methods=["ft"], controls=False, settings=refusing)
     assert [row["edits_refused"] for row in rows if row["method"] == "ft"] == [1]

@@ -228,6 +228,13 @@ def compare(
         Console().print(table)
         told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
         print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
+        base = next(row["perplexity"] for row in chosen if row["method"] == "unedited")
+        for name in names:
+            last = next((row for row in reversed(chosen) if row["method"] == name), None)
+            if last is not None and "collapse" in last["guard"]:
+                now = last.get("guard_perplexity", {}).get("collapse")
+                times = f", perplexity × {now / base:.2f} there" if now and base else ""
+                print(f"{name}: the guard calls a collapse at {last['guard']['collapse']} edits{times}")
         for name, pairs in differences.items():
             alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
             beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]

@@ -288,6 +288,7 @@ class Checkpoint:
         perplexity: on held-out text, NaN if none was given; seconds: spent editing so far.
         batch_size: edits written together; a checkpoint ends a batch early.
         guard: after how many edits the guard gave each of its verdicts first; empty where nothing is guarded.
+        guard_perplexity: on the same held-out text, right when each verdict was first given.
     """
 
     edits: int
@@ -302,6 +303,7 @@ class Checkpoint:
     refused: int
     batch_size: int = 1
     guard: dict[str, int] = field(default_factory=dict)
+    guard_perplexity: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def seconds_per_edit(self) -> float:
@@ -321,6 +323,7 @@ class Checkpoint:
             "edits_refused": self.refused,
             "batch_size": self.batch_size,
             "guard": self.guard,
+            "guard_perplexity": self.guard_perplexity,
         }
 
 
@@ -340,6 +343,7 @@ class _Progressed:
     applied: int = 0
     refused: int = 0
     guard: dict[str, int] = field(default_factory=dict)
+    guard_perplexity: dict[str, float | None] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -394,8 +398,10 @@ def run_sequence(
             state.prepare_seconds += outcome.prepare_seconds
             state.applied += len(outcome.applied)
             state.refused += len(outcome.refused)
-            for record in outcome.guard:
-                state.guard.setdefault(record.verdict, state.done + len(batch))
+            for verdict in {record.verdict for record in outcome.guard} - state.guard.keys():
+                state.guard[verdict] = state.done + len(batch)
+                if texts:  # of the run's own text, which the guard does not know
+                    state.guard_perplexity[verdict] = finite_or_none(editor.model.perplexity(texts))
             for own, others in examination.ask_targets(batch):
                 general = [_mean(others, 0), _mean(others, 2)] if others else None
                 state.immediate.append({"reliability": [own[0], own[2]], "generalization": general})
@@ -422,6 +428,7 @@ def run_sequence(
                 refused=state.refused,
                 batch_size=editor.config.batch_size,
                 guard=dict(state.guard),
+                guard_perplexity=dict(state.guard_perplexity),
             ),
             state.to_record(),
         )
