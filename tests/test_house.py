@@ -22,7 +22,7 @@ FLOORS = {
     "errors": 0,
     "edit": 1, "progress": 1, "paths": 1,
     "datasets": 2, "model": 2, "routing": 2,
-    "adapters": 3,
+    "adapters": 3, "unlearning": 3,
     "editors": 4,
     "testing": 5, "evaluation": 5,
     "benchmarks": 6, "studies": 6,

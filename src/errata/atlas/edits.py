@@ -17,6 +17,7 @@ Which facts may be edited is decided before anything is counted, so that fewer e
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import random
@@ -26,10 +27,10 @@ from typing import Any
 
 from errata.atlas.capabilities import CAPABILITIES, CITY_COUNTRY, Item, two_hop
 from errata.atlas.world import Fact, World, _number, load_world
-from errata.edit import Edit
+from errata.edit import Edit, Probe
 from errata.errors import ConfigError
 
-__all__ = ["is_reserved", "training_edits", "world_edits"]
+__all__ = ["drawn_subjects", "is_reserved", "subject_facts", "training_edits", "world_edits"]
 
 _RESERVED = 15  # per cent of subjects
 _KEPT_ONE_IN = 5  # facts of a relation
@@ -184,6 +185,84 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
             )
         )
     return edits
+
+
+def subject_facts(subjects: Sequence[str], *, seed: int = 0, locality: int = 4) -> list[Edit]:
+    """Everything that atlas knows about some subjects, to be forgotten: edits whose target is the true answer.
+
+    Rephrases are the untaught phrasings. Locality asks for facts that the seed keeps, half of them of the same
+    relation, none of a subject that is named here and none whose answer is one.
+
+    Args:
+        locality: prompts per fact.
+
+    Raises:
+        ConfigError: no subject, or one that atlas does not know.
+    """
+    world, division = load_world(), _divide(seed)
+    if not subjects:
+        raise ConfigError("no subject is given; name at least one, such as France")
+    by_name = {name.casefold(): name for name in world.by_subject}
+    names = []
+    for subject in subjects:
+        if subject.casefold() not in by_name:
+            close = difflib.get_close_matches(subject, world.by_subject, n=3)
+            nearest = f"the nearest it knows: {', '.join(close)}" if close else "name one of its world, such as France"
+            raise ConfigError(f"atlas knows nothing about {subject!r}; {nearest}")
+        names.append(by_name[subject.casefold()])
+    names = list(dict.fromkeys(names))
+    kept = [fact for fact in division.kept if not {fact.subject, fact.object} & set(names)]
+    edits = []
+    for fact in (fact for name in names for fact in world.by_subject[name]):
+        rng = random.Random(f"forget {seed} {fact.relation} {fact.subject}")
+        near = [other for other in kept if other.relation == fact.relation]
+        far = [other for other in kept if other.relation != fact.relation]
+        drawn = [
+            (other, kind)
+            for some, kind, count in (
+                (near, "same_relation", locality // 2),
+                (far, "unrelated", locality - locality // 2),
+            )
+            for other in rng.sample(some, min(count, len(some)))
+        ]
+        prompt = world.say(fact, 0).prompt
+        edits.append(
+            Edit(
+                id=f"atlas-fact-{fact.relation}-{fact.subject}",
+                prompt=prompt,
+                target=fact.object,
+                subject=_spelled(fact.subject, prompt),
+                rephrases=tuple(saying.prompt for saying in world.untaught(fact)),
+                locality=tuple(
+                    Probe(prompt=world.say(other, 0).prompt, answer=other.object, kind=kind) for other, kind in drawn
+                ),
+                source="atlas",
+                tags=(fact.relation,),
+            )
+        )
+    return edits
+
+
+def drawn_subjects(facts: int, *, seed: int = 0) -> list[str]:
+    """Subjects of which atlas knows several things, in an order of the seed, until there are so many facts about them.
+
+    None is reserved, and fewer facts are the beginning of more.
+
+    Raises:
+        ConfigError: less than one fact, or more than atlas knows about such subjects.
+    """
+    world = load_world()
+    several = [name for name, known in world.by_subject.items() if len(known) > 1 and not is_reserved(name)]
+    most = sum(len(world.by_subject[name]) for name in several)
+    if not 1 <= facts <= most:
+        raise ConfigError(f"{facts} facts about subjects with several cannot be drawn; ask for 1 to {most}")
+    chosen, count = [], 0
+    for name in random.Random(f"subjects {seed}").sample(several, len(several)):
+        if count >= facts:
+            break
+        chosen.append(name)
+        count += len(world.by_subject[name])
+    return chosen
 
 
 @functools.cache

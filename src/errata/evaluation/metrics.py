@@ -25,6 +25,7 @@ __all__ = [
     "Score",
     "answers_exactly",
     "best_answer",
+    "bootstrap_clusters",
     "bootstrap_mean",
     "contains",
     "finite_or_none",
@@ -146,6 +147,34 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = 1000, seed: int 
         means[at : at + block] = array[rng.integers(0, len(array), size=(block, len(array)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Measure(float(array.mean()), float(low), float(high), len(array))
+
+
+def bootstrap_clusters(
+    values: Sequence[float], clusters: Sequence[str], *, resamples: int = 1000, seed: int = 0
+) -> Measure:
+    """Mean of all values, with an interval over resampled clusters, for values that stand or fall together.
+
+    Each resample draws as many clusters as there are, and takes the mean of all values in them. The interval is NaN
+    where all values are of one cluster: nothing is then known of how clusters differ.
+
+    Args:
+        clusters: what each value belongs to.
+
+    Raises:
+        ValueError: not as many clusters as values.
+    """
+    own: dict[str, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        own.setdefault(cluster, []).append(value)
+    if not own:
+        return Measure(math.nan, math.nan, math.nan, 0)
+    mean = float(np.mean(np.asarray(values, dtype=np.float64)))
+    if len(own) == 1:
+        return Measure(mean, math.nan, math.nan, len(values))
+    sums, counts = np.array([sum(one) for one in own.values()]), np.array([len(one) for one in own.values()])
+    drawn = np.random.default_rng(seed).integers(0, len(own), size=(resamples, len(own)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
+    return Measure(mean, float(low), float(high), len(values))
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -1,6 +1,7 @@
 """What free text looks like after an edit: does it repeat itself, is it about the new object. Pure functions.
 
-The two measures of ROME's CounterFact suite that look at generated text (2202.05262, appendix; its code's weights).
+The two measures of ROME's CounterFact suite that look at generated text (2202.05262, appendix; its code's weights), and
+how much of a long answer a text still tells.
 Words are runs of letters and digits, and single marks; the original cuts with NLTK, so values differ a little.
 """
 
@@ -11,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["consistency", "fluency", "ngram_entropy", "words_of"]
+__all__ = ["consistency", "fluency", "ngram_entropy", "recall_of", "words_of"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -55,3 +56,19 @@ def consistency(text: str, references: Sequence[str], corpus: Sequence[str] = ()
     first, second = weighted(ours), weighted(theirs)
     size = math.hypot(*first.values()) * math.hypot(*second.values())
     return sum(value * second.get(word, 0.0) for word, value in first.items()) / size if size else 0.0
+
+
+def recall_of(answer: str, text: str) -> float:
+    """ROUGE-L recall (Lin 2004): the longest run of the answer's words that stand in the text in this order, gaps
+    allowed, as a share of the answer's words. TOFU's measure of how much of a long answer is still told.
+
+    Marks are no words here. 0 for an answer without words.
+    """
+    wanted, said = ([word for word in words_of(one) if word[0].isalnum() or word[0] == "_"] for one in (answer, text))
+    row = [0] * (len(said) + 1)
+    for word in wanted:
+        before = row
+        row = [0]
+        for at, other in enumerate(said):
+            row.append(before[at] + 1 if word == other else max(before[at + 1], row[at]))
+    return row[-1] / len(wanted) if wanted else 0.0
