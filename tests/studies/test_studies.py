@@ -87,7 +87,7 @@ def test_every_study_can_be_found_and_says_what_it_asks() -> None:
     import importlib
 
     names = [one.name for one in studies()]
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 20
     for one in studies():
         module, _, function = one.target.partition(":")
         assert getattr(importlib.import_module(module), function).__doc__
@@ -547,7 +547,7 @@ def test_the_command_lists_studies_runs_one_and_explains_errors(tmp_path: Path) 
 
     for listing in ((), ("--list",), ("memoir-long", "--list")):
         assert "memoir-collisions\n    Is an edit lost" in call(*listing)
-    assert len(json.loads(call("--list", "--json"))["studies"]) == 19
+    assert len(json.loads(call("--list", "--json"))["studies"]) == 20
     folder = tmp_path / "model"
     tiny_hf_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -219,6 +219,61 @@ def edit(
 
 
 @app.command()
+@guarded(kept="what was saved, every 100 edits, is kept, and the same command goes on with the rest")
+def unlearn(
+    edits: Annotated[
+        Path | None,
+        typer.Option("--edits", help="File of edits of any known form, TOFU's too: their old answers are forgotten."),
+    ] = None,
+    subjects: Annotated[
+        str | None,
+        typer.Option(help="Forget all about these, with semicolons between them: of the file, or of atlas's world."),
+    ] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="File of facts that must stay, of any known form; locality prompts stay anyway.")
+    ] = None,
+    model: ModelName = "atlas",
+    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    limit: Annotated[int | None, typer.Option(help="Forget only the first N facts.", min=1)] = None,
+    merge: Annotated[
+        int, typer.Option(help="Write up to N queries about one subject as one edit; for methods with subjects.", min=1)
+    ] = 1,
+    improve: Annotated[
+        bool, typer.Option(help="Let the model rewrite refusals so that they name the subject, where it can.")
+    ] = True,
+    refusal: Annotated[
+        str | None, typer.Option(help="What to say instead, one sentence; {subject} in it is filled in.")
+    ] = None,
+    refusals: Annotated[
+        Path | None, typer.Option(help="File of such sentences, one a line, as TOFU's; each subject gets one of them.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Edits written together.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the method's random choices.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the adapter; one found there is gone on with.")] = Path(
+        "errata-adapter"
+    ),
+    settings: Setting = None,
+    text: Text = None,
+    measure: Annotated[bool, typer.Option(help="Ask before and after, and attack what shall be forgotten.")] = True,
+    max_new_tokens: MaxNewTokens = 48,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep what the guard calls a collapse, try what seems too large.")
+    ] = False,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model refuse what it knew: edits to refusals, into an adapter, and how well that holds under attack."""
+    from errata.cli.unlearning import unlearn as run
+
+    run(
+        model, method, edits, subjects, retain, limit, merge, improve, refusal, refusals, batch_size, seed, out,
+        settings or [], text, measure, max_new_tokens, force, strict, device, dtype, as_json,
+    )  # fmt: skip
+
+
+@app.command()
 @guarded()
 def evaluate(
     edits: EditsFile,

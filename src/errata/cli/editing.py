@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.cli.common import check_out, load_adapter, load_edits, load_model, parse_settings, save_adapter
 from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
-from errata.progress import progress_bar
+from errata.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from errata.adapters import Adapter
     from errata.edit import Edit
-    from errata.editors import EditorConfig
+    from errata.editors import Editor, EditorConfig
+    from errata.editors.guard import GuardRecord
     from errata.model import EditableModel
 
-__all__ = ["edit", "explain", "generate", "revert"]
+__all__ = ["Writing", "edit", "explain", "found_adapter", "generate", "given_settings", "revert", "write_into"]
 
 _SAVE_EVERY = 100
 
@@ -55,6 +57,137 @@ def _check_settings(
         )
 
 
+def found_adapter(out: Path, method: str) -> Adapter | None:
+    """The adapter that is to be gone on with, None where the folder holds none. Asked before anything slow is done.
+
+    Raises:
+        ConfigError: it is of another method, or the folder cannot be one.
+        ArtifactError: the folder cannot be written.
+    """
+    check_out(out)
+    from errata.adapters import AutoAdapter
+
+    adapter = AutoAdapter.from_pretrained(out) if (out / "adapter_config.json").exists() else None
+    if adapter is not None and adapter.editor != method:
+        raise ConfigError(
+            f"{out} holds an adapter of {adapter.editor!r}, which {method!r} cannot go on with; give another --out, or "
+            f"--method {adapter.editor}"
+        )
+    return adapter
+
+
+@dataclass
+class Writing:
+    """What was written into an adapter, and by whom; the adapter is attached and saved.
+
+    Attributes:
+        record: counts, times, the guard's verdicts and provenance, as JSON.
+    """
+
+    editor: Editor[Any]
+    guard: list[GuardRecord]
+    record: dict[str, Any]
+
+    def words(self) -> None:
+        """What `errata edit` says about it."""
+        from errata.editors.guard import guard_words
+
+        made = self.record
+        print(
+            f"{made['edits_applied']} edits written with {made['method']}, {made['edits_took']} of them took on their "
+            f"own prompt, {made['edits_refused']} refused"
+        )
+        print(f"{made['seconds_per_edit']:.3f} s per edit after {made['prepare_seconds']:.1f} s of preparation")
+        for change in self.editor.adapter.layer_changes(self.editor.model):
+            print(f"{change.module}: norm of change {change.norm:.4g}, {change.relative_norm:.2%} of the weight's")
+        if self.guard:
+            print(guard_words(self.guard))
+
+
+def write_into(
+    out: Path,
+    adapter: Adapter | None,
+    method: str,
+    model: EditableModel,
+    edits: Sequence[Edit],
+    given: Mapping[str, Any],
+    force: bool,
+    progress: Progress,
+) -> Writing:
+    """Write what is missing of some edits into the adapter in `out`, and save it every hundred edits.
+
+    Args:
+        adapter: what `found_adapter` found there.
+        given: settings of the method; the rest is derived, or gone on with as it is there.
+
+    Raises:
+        ConfigError: a setting that does not exist, or differs from the adapter's.
+    """
+    from errata.editors import editor_class
+    from errata.editors.guard import guard_summary
+    from errata.evaluation import run_provenance
+
+    cls = editor_class(method)
+    if adapter is not None:
+        _check_settings(adapter, cls.Config, model, given, out)
+    editor = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
+    waiting = _waiting(edits, editor.adapter)
+    if len(waiting) < len(edits):
+        log(
+            f"{out} holds {len(edits) - len(waiting)} of these edits already, or later ones in their place; "
+            f"going on with the other {len(waiting)}"
+        )
+    log(f"{model.model_id}: {method}, settings {editor.config.source}")
+    applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
+    took = 0
+    guard: list[GuardRecord] = []
+    step = max(_SAVE_EVERY, editor.config.batch_size)
+    if waiting:
+        needed = editor.memory_needed(waiting)
+        log(needed.words())
+        if not force:
+            needed.check()
+        prepare_seconds = editor.prepare(progress, force=force)
+    for start in range(0, len(waiting), step):
+        outcome = editor.edit(waiting[start : start + step], progress, force=force)
+        applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
+        took += sum(a.took for a in outcome.applied)
+        refused += outcome.refused
+        guard += outcome.guard
+        for old, new in outcome.superseded:
+            log(f"superseded: {old} by {new}")
+        save_adapter(editor.adapter, out)
+    if not waiting:
+        save_adapter(editor.adapter, out)
+    for one in refused:
+        log(f"refused: {one.edit_id}: {one.reason}")
+    record: dict[str, Any] = {
+        "method": method,
+        "model": model.model_id,
+        "edits_applied": applied,
+        "edits_refused": len(refused),
+        "edits_held": len(editor.adapter.edits()),
+        "edits_took": took,
+        "seconds_per_edit": seconds / max(1, applied),
+        "prepare_seconds": prepare_seconds,
+        "memory_version": editor.adapter.memory_version,
+        "guard": guard_summary(guard),
+        "adapter": str(out),
+        "provenance": run_provenance(model, editor.config),
+    }
+    return Writing(editor, guard, record)
+
+
+def given_settings(settings: Sequence[str], batch_size: int | None, seed: int | None) -> dict[str, Any]:
+    """Settings of the method from `--set` and the two that have options of their own."""
+    given = parse_settings(settings)
+    if batch_size is not None:
+        given["batch_size"] = batch_size
+    if seed is not None:
+        given["seed"] = seed
+    return given
+
+
 def edit(
     model_name: str,
     method: str,
@@ -70,84 +203,20 @@ def edit(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    given = parse_settings(settings)
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    if seed is not None:
-        given["seed"] = seed
+    given = given_settings(settings, batch_size, seed)
     from errata.editors import editor_class
-    from errata.editors.guard import GuardRecord, guard_summary, guard_words
-    from errata.evaluation import run_provenance
 
-    cls = editor_class(method)
+    editor_class(method)  # a method that does not exist is found before anything is read
     check_out(out)
     found = load_edits(edits_path, limit, strict)
-    from errata.adapters import AutoAdapter
-
-    adapter = AutoAdapter.from_pretrained(out) if (out / "adapter_config.json").exists() else None
-    if adapter is not None and adapter.editor != method:
-        raise ConfigError(
-            f"{out} holds an adapter of {adapter.editor!r}, which {method!r} cannot go on with; give another --out, or "
-            f"--method {adapter.editor}"
-        )
+    adapter = found_adapter(out, method)
     model = load_model(model_name, device, dtype)
-    if adapter is not None:
-        _check_settings(adapter, cls.Config, model, given, out)
-    editor = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
-    waiting = _waiting(found.edits, editor.adapter)
-    if len(waiting) < len(found.edits):
-        log(
-            f"{out} holds {len(found.edits) - len(waiting)} of these edits already, or later ones in their place; "
-            f"going on with the other {len(waiting)}"
-        )
-    log(f"{model.model_id}: {method}, settings {editor.config.source}")
-    applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
-    took = 0
-    guard: list[GuardRecord] = []
-    step = max(_SAVE_EVERY, editor.config.batch_size)
     with progress_bar() as progress:
-        if waiting:
-            needed = editor.memory_needed(waiting)
-            log(needed.words())
-            if not force:
-                needed.check()
-            prepare_seconds = editor.prepare(progress, force=force)
-        for start in range(0, len(waiting), step):
-            outcome = editor.edit(waiting[start : start + step], progress, force=force)
-            applied, seconds = applied + len(outcome.applied), seconds + outcome.seconds
-            took += sum(a.took for a in outcome.applied)
-            refused += outcome.refused
-            guard += outcome.guard
-            for old, new in outcome.superseded:
-                log(f"superseded: {old} by {new}")
-            save_adapter(editor.adapter, out)
-    if not waiting:
-        save_adapter(editor.adapter, out)
-    for one in refused:
-        log(f"refused: {one.edit_id}: {one.reason}")
-    record: dict[str, Any] = {
-        "method": method,
-        "model": model.model_id,
-        "edits_applied": applied,
-        "edits_refused": len(refused),
-        "edits_held": len(editor.adapter.edits()),
-        "edits_took": took,
-        "records_left_out": len(found.problems),
-        "seconds_per_edit": seconds / max(1, applied),
-        "prepare_seconds": prepare_seconds,
-        "memory_version": editor.adapter.memory_version,
-        "guard": guard_summary(guard),
-        "adapter": str(out),
-        "provenance": run_provenance(model, editor.config),
-    }
+        written = write_into(out, adapter, method, model, found.edits, given, force, progress)
+    record = {**written.record, "records_left_out": len(found.problems)}
 
     def words() -> None:
-        print(f"{applied} edits written with {method}, {took} of them took on their own prompt, {len(refused)} refused")
-        print(f"{record['seconds_per_edit']:.3f} s per edit after {prepare_seconds:.1f} s of preparation")
-        for change in editor.adapter.layer_changes(model):
-            print(f"{change.module}: norm of change {change.norm:.4g}, {change.relative_norm:.2%} of the weight's")
-        if guard:
-            print(guard_words(guard))
+        written.words()
         print(f"adapter in {out}; next: errata evaluate --model {model_name} --adapter {out} --edits {edits_path}")
 
     emit(record, as_json, words)

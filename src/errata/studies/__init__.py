@@ -156,6 +156,12 @@ _STUDIES = (
         "errata.studies.reverting:revert",
     ),
     Study(
+        "unlearn",
+        "Can editors make a model refuse all it knows about some subjects, and does that hold under attack?",
+        "five methods, about 40 facts, with queries merged where the method looks for subjects; 7 minutes",
+        "errata.studies.unlearning:unlearn",
+    ),
+    Study(
         "hallucination",
         "Does the true sentence become likely where a model made one up? (needs --data FILE)",
         "four methods, 10 edits each of at most 40 words; 12 minutes",
