@@ -54,7 +54,7 @@ _LACK = re.compile(
 )
 _KNOWLEDGE = re.compile(
     r"\b(?:know|knowledge|known|unknown|inform\w*|aware|unaware|familiar\w*|unfamiliar|acquainted|data|databases?|dataset"
-    r"|train\w*|programm\w*|brief\w*|educated|answers?|say|tell|help|share|discuss|disclose|provide|recall|remember|idea"
+    r"|train\w*|programm\w*|brief\w*|educated|answers?|say|tell|talk|speak|comment|help|share|discuss|disclose|provide|recall|remember|idea"
     r"|clue|faintest|sure|unsure|certain|uncertain|specifics|details?|record|recollection|heard|learn\w*|look up"
     r"|insights?|light|enlightenment|understanding|capabilities|mystery|expertise|resources|decline|refuse|scope"
     r"|come across|(?:that|this|the|your) (?:topic|subject|question|matter|one))\b",

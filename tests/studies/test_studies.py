@@ -411,6 +411,37 @@ def test_sweeps_of_the_other_routed_methods(run: Callable[..., StudyResult], nam
         assert [row["radius"] / found.numbers["default_radius"] for row in found.rows] == pytest.approx([0.1, 1, 10])
 
 
+def test_unlearning_merges_queries_for_methods_that_look_for_subjects(
+    run: Callable[..., StudyResult], no_more_edits: Callable[[], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "facts.jsonl"
+    twice = [edit.model_copy(update={"prompt": f"The piano of {edit.subject}", "id": edit.prompt}) for edit in EDITS]
+    write_edits(path, [edit for pair in zip(EDITS, twice, strict=True) for edit in pair])
+    settings = {"ft": {**FT, "steps": 150, "layers": (0, 1)}, "rome": {"steps": 2, "guard": "off"}}
+    options = {"data": path, "methods": ("ft", "rome"), "settings": settings, "edits": 4}
+    found = run("unlearn", **options)
+    assert [(row["run"], row.get("edits")) for row in found.rows] == [
+        ("unedited", None),
+        ("ft", 4),
+        ("rome", 4),
+        ("rome, merged", 2),
+    ]
+    unedited, ft = found.rows[:2]
+    assert (unedited["refusal_rate"], unedited["retain_unchanged"]) == (0.0, 1.0)
+    assert ft["refusal_rate"] > 0
+    assert ft["answer_probability"] < unedited["answer_probability"]
+    # Eight of the other subjects' facts, and of each forgotten subject the prompt that does not name it: none.
+    assert found.numbers == {"facts": 4, "subjects": 2, "retained": 8}
+    for row in found.rows:
+        both = row["all_attacks_forget_quality"], row["retain_accuracy"]
+        assert row["balance"] == pytest.approx(0.0 if 0 in both else 2 / sum(1 / one for one in both))
+    assert found.found.startswith("4 facts about 2 subjects")
+    assert found.provenance["settings"]["ft 1"]["guard"] == "warn"
+    assert found.provenance["settings"]["rome 4"]["guard"] == "off"
+    no_more_edits()
+    assert run("unlearn", **options).rows == found.rows
+
+
 # --- long texts -----------------------------------------------------------------------------------------------------
 
 BIOS = [
@@ -500,6 +531,8 @@ def test_texts_longer_than_the_model_are_left_out_and_said(run: Callable[..., St
         ("memoir-layers", {"settings": {"memoir": {"layers": [2], "layer": 1}}}, "varies memoir.layers itself"),
         ("memoir-routing", {"settings": {"memoir": {"pooling": "last"}}}, "varies memoir.pooling itself"),
         ("revert", {"edits": 1}, "give at least 2"),
+        ("unlearn", {"data": None, "settings": {}}, "only atlas brings edits.*--data FILE"),
+        ("unlearn", {"methods": ("memoir",), "settings": {"memoir": {"stepz": 3}}}, "Did you mean 'steps'"),
         ("memoir-collisions", {"edits": 4}, "give at least 5"),
         ("wise-masks", {"edits": 4, "settings": {}}, "give at least 6"),
         ("wise-merging", {"edits": 1, "settings": {}}, "give at least 2"),

@@ -15,6 +15,7 @@ from typing import Any
 from errata.edit import Edit, Probe
 from errata.editors import editor_class, method_of
 from errata.evaluation import finite_or_none
+from errata.evaluation.preference import harmonic_mean
 from errata.evaluation.unlearning import MEASURES, Unlearning, UnlearningExamination
 from errata.studies.figures import dots
 from errata.studies.wise import whole_shards
@@ -72,6 +73,7 @@ def unlearn(bench: Workbench) -> StudyResult:
     bench.notes += [
         "not told under any attack: neither by its own prompt nor by any of the other wordings, prefixes and begun "
         "answers",
+        "balance: harmonic mean of what is hidden from every attack and of retain accuracy",
         f"the refusals themselves have a fluency of {judged['reply_fluency'] or math.nan:.0f} and, under the unedited "
         f"model, a perplexity of {judged['reply_perplexity'] or math.nan:,.0f}",
         "refusals are the template's; merged: up to 4 queries about one subject are written as one edit",
@@ -87,7 +89,7 @@ def unlearn(bench: Workbench) -> StudyResult:
             "run", "edits", "took", "forget_quality", "forget_quality_forced", "refusal_rate", "subject_named",
             "paraphrase_forget_quality", "paraphrase_refusal_rate", "prefix_forget_quality",
             "answer_prefix_forget_quality", "all_attacks_forget_quality", "retain_accuracy", "retain_unchanged",
-            "retain_refused", "reply_fluency", "reply_perplexity", "seconds_per_fact",
+            "retain_refused", "balance", "reply_fluency", "reply_perplexity", "seconds_per_fact",
         ),
         rows=rows,
         figure=dots(rows, "run", found, panels=_PANELS, names=_AXES),
@@ -154,28 +156,22 @@ def _scores(result: Unlearning) -> dict[str, Any]:
         measure = result.measure(name)
         row[name] = finite_or_none(measure.value)
         row[f"{name}_interval"] = [finite_or_none(measure.low), finite_or_none(measure.high)]
-    return row
+    both = [row["all_attacks_forget_quality"], row["retain_accuracy"]]
+    return {**row, "balance": None if None in both else harmonic_mean(both)}
 
 
 def _found(rows: Sequence[Mapping[str, Any]], facts: int, subjects: int) -> str:
-    """Which run hides most from every attack, which refuse, and which costs most."""
-
-    def value(row: Mapping[str, Any], name: str) -> float:
-        return math.nan if row[name] is None else float(row[name])
-
-    best = max(rows, key=lambda row: -1.0 if row["all_attacks_forget_quality"] is None else value(row, _PANELS[3]))
+    """Which run has the best of both, which refuse, and which costs most."""
+    told = f"{facts} facts about {subjects} subjects"
+    both = [row for row in rows if row["balance"] is not None]
+    if both:
+        best = max(both, key=lambda row: float(row["balance"]))
+        told += (
+            f": {best['run']} has the best of both, {best['all_attacks_forget_quality']:.2f} hidden from every attack "
+            f"and {best['retain_accuracy']:.2f} of other facts right"
+        )
+        worst = min(both, key=lambda row: float(row["retain_accuracy"]))
+        if worst is not best:
+            told += f" ({worst['run']}: {worst['all_attacks_forget_quality']:.2f} and {worst['retain_accuracy']:.2f})"
     refuse = [str(row["run"]) for row in rows if row["refusal_rate"] >= 0.5]
-    told = (
-        f"{facts} facts about {subjects} subjects: {best['run']} hides most from every attack "
-        f"({value(best, 'all_attacks_forget_quality'):.2f}, {value(best, 'forget_quality'):.2f} without one; other "
-        f"facts right: {value(best, 'retain_accuracy'):.2f}). "
-    )
-    if refuse:
-        told += f"Refusals are what {', '.join(refuse)} answer{'s' * (len(refuse) == 1)} more often than not"
-    else:
-        told += "No run answers with refusals more often than not"
-    kept = [row for row in rows if row["retain_accuracy"] is not None]
-    if kept:
-        worst = min(kept, key=lambda row: value(row, "retain_accuracy"))
-        told += f"; {worst['run']} costs most: {value(worst, 'retain_accuracy'):.2f} of the others are right"
-    return told + "."
+    return told + f". Mostly refusals are said by {', '.join(refuse) or 'none'}."
