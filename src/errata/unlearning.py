@@ -155,6 +155,11 @@ def facts_to_forget(found: EditFile) -> tuple[list[Edit], list[str]]:
                 f"{edit.id}: no old answer is known, so there is nothing to forget; give the field 'ground_truth'"
             )
             continue
+        if is_refusal(answers[0]):
+            problems.append(
+                f"{edit.id}: its old answer, {answers[0]!r}, is a refusal already; there is nothing to forget"
+            )
+            continue
         question = " ".join(edit.prompt.split())
         if question in facts:
             known = facts[question]

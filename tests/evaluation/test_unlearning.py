@@ -112,6 +112,14 @@ def test_a_counterfactual_target_is_no_old_answer(tmp_path: Path) -> None:
     assert "'ground_truth'" in problem
 
 
+def test_who_refuses_already_has_nothing_to_forget(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text('{"prompt": "The capital of France is", "target": "I don\'t know."}\n', encoding="utf-8")
+    facts, (problem,) = facts_to_forget(read_edits(path))
+    assert facts == []
+    assert "refusal already" in problem
+
+
 def test_tofu_is_read_as_facts_and_chosen_by_names(data: Path) -> None:
     facts, problems = facts_to_forget(read_edits(data / "tofu" / "forget05.jsonl"))
     assert (len(facts), problems) == (200, [])
