@@ -386,6 +386,15 @@ def test_an_alias_is_an_old_answer_too() -> None:
     assert asked(EMMA, {fact.prompt: "Miss Austen."}).forgotten([fact.prompt]) == 1.0
 
 
+def test_naming_the_subject_tells_nothing_of_the_answer() -> None:
+    fact = Edit(prompt="What is Ann Lee's father?", target="Ann  lee's father is a tailor.", subject="Ann Lee")
+    refused = asked(fact, {fact.prompt: "I do not know anything about Ann Lee."})
+    assert refused.recall() == 0.0
+    assert asked(fact, {fact.prompt: "Ann Lee's father was a tailor."}).recall() == pytest.approx(4 / 5)
+    only = fact.model_copy(update={"target": "Ann Lee."})
+    assert asked(only, {fact.prompt: "Ann Lee."}).recall() is None
+
+
 def test_an_answer_that_the_question_holds_cannot_be_told() -> None:
     fact = Edit(prompt="The capital of Luxembourg is", target="Luxembourg", subject="Luxembourg")
     one = asked(fact, dict.fromkeys([fact.prompt, *asked(fact, {}).prefixed, *asked(fact, {}).begun], "I do not know."))

@@ -262,7 +262,9 @@ def _show(record: Mapping[str, Any]) -> None:
     print(f"perplexity of held-out text: {_number(both[0])} before, {_number(both[1])} after")
     known = before["forget_quality"]["value"]
     if known:
-        print(f"of these answers the unedited model does not give {known:.0%}: forgetting them shows nothing")
+        print(
+            f"the unedited model does not give {known:.0%} of these answers; that it gives them no longer shows nothing"
+        )
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ Knows adapters only as something that can be taken off for a while. The attacks 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,18 @@ class AskedFact:
         """Share of prompts that are answered with a refusal; None where there are none."""
         return sum(is_refusal(self.said[prompt]) for prompt in prompts) / len(prompts) if prompts else None
 
+    def recall(self) -> float | None:
+        """How much of an old answer the reply still tells, at most; None where answers hold nothing but the subject.
+
+        The subject's name does not count: a refusal that names it is no half answer.
+        """
+        words = r"\s+".join(re.escape(word) for word in (self.fact.subject or "").split())
+        rests = list(self.answers)
+        if words:
+            rests = [re.sub(rf"(?<!\w){words}(?!\w)", " ", one, flags=re.IGNORECASE) for one in rests]
+        told = [recall_of(rest, self.reply) for rest in rests if any(map(str.isalnum, rest))]
+        return max(told, default=None)
+
     def values(self) -> dict[str, float | None]:
         """By the names of `MEASURES`; None where it was not asked."""
         attacked = [*self.fact.rephrases, *self.prefixed, *self.begun]
@@ -124,7 +137,7 @@ class AskedFact:
             "forget_quality": self.forgotten([self.fact.prompt]),
             "forget_quality_forced": 1 - self.forced,
             "answer_probability": self.probability,
-            "answer_recall": max(recall_of(answer, self.reply) for answer in self.answers),
+            "answer_recall": self.recall(),
             "refusal_rate": self.refused([self.fact.prompt]),
             "subject_named": None if subject is None else float(names_subject(self.reply, subject)),
             "paraphrase_forget_quality": self.forgotten(self.fact.rephrases),

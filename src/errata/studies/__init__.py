@@ -158,7 +158,7 @@ _STUDIES = (
     Study(
         "unlearn",
         "Can editors make a model refuse all it knows about some subjects, and does that hold under attack?",
-        "five methods, about 40 facts, with queries merged where the method looks for subjects; 7 minutes",
+        "five methods, about 40 facts, with queries merged where the method looks for subjects; 8 minutes",
         "errata.studies.unlearning:unlearn",
     ),
     Study(

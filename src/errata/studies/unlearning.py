@@ -19,7 +19,7 @@ from errata.evaluation.preference import harmonic_mean
 from errata.evaluation.unlearning import MEASURES, Unlearning, UnlearningExamination
 from errata.studies.figures import dots
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import Arm, StudyResult, Workbench
+from errata.studies.workbench import Arm, StudyResult, Workbench, cell
 from errata.unlearning import ForgetEdit, about_subjects, facts_to_forget, forget_edits
 
 __all__ = ["unlearn"]
@@ -40,6 +40,17 @@ _AXES = {
     "paraphrase_forget_quality": "not told in other wordings",
     "all_attacks_forget_quality": "not told under any attack",
     "retain_accuracy": "other facts still right",
+}
+# Of the table, by what they are called there.
+_SHOWN = {
+    "forgotten": "forget_quality",
+    "refusals": "refusal_rate",
+    "in_other_wordings": "paraphrase_forget_quality",
+    "behind_prefixes": "prefix_forget_quality",
+    "answer_begun": "answer_prefix_forget_quality",
+    "under_all_attacks": "all_attacks_forget_quality",
+    "others_right": "retain_accuracy",
+    "others_refused": "retain_refused",
 }
 
 
@@ -71,8 +82,8 @@ def unlearn(bench: Workbench) -> StudyResult:
     told = forget_edits(facts)
     judged = examination.judge([one.refusal.text for one in sorted(told, key=lambda one: facts.index(one.facts[0]))])
     bench.notes += [
-        "not told under any attack: neither by its own prompt nor by any of the other wordings, prefixes and begun "
-        "answers",
+        "forgotten, in other wordings, behind prefixes, answer begun: the old answer is not in what is generated",
+        "under all attacks: neither by its own prompt nor by any of the other wordings, prefixes and begun answers",
         "balance: harmonic mean of what is hidden from every attack and of retain accuracy",
         f"the refusals themselves have a fluency of {judged['reply_fluency'] or math.nan:.0f} and, under the unedited "
         f"model, a perplexity of {judged['reply_perplexity'] or math.nan:,.0f}",
@@ -85,16 +96,11 @@ def unlearn(bench: Workbench) -> StudyResult:
     found = _found(rows[1:], len(facts), len(subjects))
     return bench.result(
         found=found,
-        columns=(
-            "run", "edits", "took", "forget_quality", "forget_quality_forced", "refusal_rate", "subject_named",
-            "paraphrase_forget_quality", "paraphrase_refusal_rate", "prefix_forget_quality",
-            "answer_prefix_forget_quality", "all_attacks_forget_quality", "retain_accuracy", "retain_unchanged",
-            "retain_refused", "balance", "reply_fluency", "reply_perplexity", "seconds_per_fact",
-        ),
-        rows=rows,
+        columns=("run", "edits", *_SHOWN, "balance"),
+        rows=[_with_intervals(row) for row in rows],
         figure=dots(rows, "run", found, panels=_PANELS, names=_AXES),
         numbers={"facts": len(facts), "subjects": len(subjects), "retained": len(examination.retain)},
-    )  # fmt: skip
+    )
 
 
 def _facts(bench: Workbench, count: int) -> tuple[list[Edit], list[Probe]]:
@@ -160,18 +166,23 @@ def _scores(result: Unlearning) -> dict[str, Any]:
     return {**row, "balance": None if None in both else harmonic_mean(both)}
 
 
+def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with what the table shows: values with their intervals, in words."""
+    shown = dict(row)
+    for column, name in _SHOWN.items():
+        value, (low, high) = row[name], row[f"{name}_interval"]
+        between = "" if low is None or high is None else f" ({low:.2f} – {high:.2f})"
+        shown[column] = None if value is None else f"{value:.2f}{between}"
+    return shown
+
+
 def _found(rows: Sequence[Mapping[str, Any]], facts: int, subjects: int) -> str:
-    """Which run has the best of both, which refuse, and which costs most."""
-    told = f"{facts} facts about {subjects} subjects"
-    both = [row for row in rows if row["balance"] is not None]
-    if both:
-        best = max(both, key=lambda row: float(row["balance"]))
-        told += (
-            f": {best['run']} has the best of both, {best['all_attacks_forget_quality']:.2f} hidden from every attack "
-            f"and {best['retain_accuracy']:.2f} of other facts right"
-        )
-        worst = min(both, key=lambda row: float(row["retain_accuracy"]))
-        if worst is not best:
-            told += f" ({worst['run']}: {worst['all_attacks_forget_quality']:.2f} and {worst['retain_accuracy']:.2f})"
+    """What every run hides from all attacks, and what it leaves of the rest."""
+    each = [
+        f"{row['run']} {cell(row['all_attacks_forget_quality'])} and {cell(row['retain_accuracy'])}" for row in rows
+    ]
     refuse = [str(row["run"]) for row in rows if row["refusal_rate"] >= 0.5]
-    return told + f". Mostly refusals are said by {', '.join(refuse) or 'none'}."
+    return (
+        f"{facts} facts about {subjects} subjects, hidden from every attack, and other facts right: {'; '.join(each)}. "
+        f"More than half of them are refused by {' and '.join(refuse) or 'none'}."
+    )
