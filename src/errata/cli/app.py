@@ -237,6 +237,21 @@ def evaluate(
             "neighbourhood scores.",
         ),
     ] = False,
+    kl: Annotated[
+        bool,
+        typer.Option(
+            "--kl",
+            help="Also measure how far next-token distributions moved, at locality prompts and on held-out text.",
+        ),
+    ] = False,
+    fluency: Annotated[
+        bool,
+        typer.Option("--fluency", help="Also let the model write 100 tokens about each edit: does it repeat itself?"),
+    ] = False,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="For --fluency: texts to compare with, a record of {object, text} for each target."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
@@ -246,7 +261,10 @@ def evaluate(
     """Measure reliability, generalization, locality and portability of an adapter, and perplexity."""
     from errata.cli.measuring import evaluate as run
 
-    run(model, adapter, edits, limit, text, controls, rankings, max_new_tokens, strict, device, dtype, as_json)
+    run(
+        model, adapter, edits, limit, text, controls, rankings, kl, fluency, references, max_new_tokens, strict, device,
+        dtype, as_json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -34,6 +34,10 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _small(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 def _controls(
     adapter: Adapter, examination: Examination, texts: Sequence[str], progress: Progress
 ) -> list[dict[str, Any]]:
@@ -62,6 +66,9 @@ def evaluate(
     text: Path | None,
     controls: bool,
     rankings: bool,
+    kl: bool,
+    fluency: bool,
+    references: Path | None,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
@@ -69,18 +76,29 @@ def evaluate(
     as_json: bool,
 ) -> None:
     from errata.evaluation import Examination, run_provenance
+    from errata.evaluation.divergence import locality_divergence
+    from errata.evaluation.free_text import read_references, write_freely
     from errata.evaluation.metrics import finite_or_none
     from errata.evaluation.rankings import rank_answers
 
     found = load_edits(edits_path, limit, strict)
     texts = load_texts(text)
+    if kl and adapter_path is None:
+        raise ConfigError("--kl compares an edited model with its base; give --adapter")
+    if references is not None and not fluency:
+        raise ConfigError("--references are compared with what is written freely; give --fluency too")
+    about = {} if references is None else read_references(references)
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
     control_records: list[dict[str, Any]] = []
     ranked: dict[str, dict[str, Any]] = {}
+    moved: dict[str, Any] | None = None
+    free: dict[str, dict[str, Any]] = {}
     with progress_bar() as progress:
         if rankings:  # first, so that edits which cannot be ranked are found before anything is asked
             ranked["before"] = rank_answers(model, found.edits, progress=progress).to_record()
+        if fluency:
+            free["before"] = write_freely(model, found.edits, references=about, progress=progress).to_record()
         unedited = examination.ask_unedited(progress)
         before = model.perplexity(texts)
         adapter = load_adapter(adapter_path, model)
@@ -88,6 +106,10 @@ def evaluate(
         after = before if adapter is None else model.perplexity(texts)
         if rankings and adapter is not None:
             ranked["after"] = rank_answers(model, found.edits, progress=progress).to_record()
+        if fluency and adapter is not None:
+            free["after"] = write_freely(model, found.edits, references=about, progress=progress).to_record()
+        if kl:
+            moved = locality_divergence(model, found.edits, texts, progress=progress).to_record()
         if adapter is not None and controls:
             log("baselines: random content of the same norm, and edits that say nothing new; --no-controls skips them")
             control_records = _controls(adapter, examination, texts, progress)
@@ -101,6 +123,8 @@ def evaluate(
         "unedited": {name: unedited.score(name).to_record() for name in _NAMES},
         "controls": control_records,
         "rankings": ranked or None,
+        "kl": moved,
+        "free_text": free or None,
         "records_left_out": len(found.problems),
         "provenance": run_provenance(model, None if adapter is None else adapter.editor_config),
     }
@@ -111,19 +135,22 @@ def evaluate(
         from rich.text import Text
 
         table = Table(title=f"{len(found.edits)} edits ({found.format}), protocol {result.protocol}")
-        for column in ("", "unedited", "generated", "interval", "contains", "teacher-forced", "edits asked"):
+        for column in ("", "unedited", "generated", "interval", "contains", "F1", "teacher-forced", "edits asked"):
             table.add_column(column, justify="left" if not column else "right")
 
         def row(label: str, score: dict[str, Any], unedited: str = "") -> None:
             low, high = score["generated_interval"]
             interval = "–" if low is None else f"{low:.2f}–{high:.2f}"
-            cells = (unedited, _number(score["generated"]), interval, _number(score["contains"]))
-            table.add_row(Text(label), *cells, _number(score["teacher_forced"]), str(score["edits"]))
+            ways = [_number(score[way]) for way in ("generated", "contains", "f1", "teacher_forced")]
+            table.add_row(Text(label), unedited, ways[0], interval, *ways[1:], str(score["edits"]))
 
         for name in _NAMES:
             row(name, record[name], _number(record["unedited"][name]["generated"]))
-        for kind, score in record["locality_by_kind"].items():
-            row(f"  locality: {kind}", score)
+        for name in ("locality", "portability"):
+            for kind, score in record[f"{name}_by_kind"].items():
+                row(f"  {name}: {kind}", score)
+        for kind, score in record["portability_any_of"].items():
+            row(f"  portability: {kind}, any wording", score)
         for control in control_records:
             table.add_section()
             for name in _NAMES:
@@ -131,6 +158,17 @@ def evaluate(
                     row(f"{control['name']}: {name}", control[name])
         Console().print(table)
         print(f"perplexity of held-out text: {before:.3f} before, {after:.3f} after")
+        if moved is not None:
+            print(
+                f"KL(base ‖ edited) in nats: {_small(moved['locality'])} at locality prompts (median over edits "
+                f"{_small(moved['locality_median'])}), {_small(moved['text'])} per token of held-out text"
+            )
+            for kind, value in moved["locality_by_kind"].items():
+                print(f"  {kind}: {_small(value)}")
+        for when, own in free.items():
+            like = own["consistency"]
+            told = f", consistency {_number(like['value'])} over {like['edits']} edits" if like["edits"] else ""
+            print(f"{own['tokens']} tokens written freely, {when}: fluency {_number(own['fluency']['value'])}{told}")
         for when, scores in ranked.items():
             told = ", ".join(f"{name} {_number(scores[name])}" for name in _RANKED)
             print(f"new answer likelier than the old, {when}: {told}")
@@ -212,6 +250,7 @@ def compare(
         log(f"{name} stopped at {count} edits: reliability is below {stop_below:g} (--stop-below 0 goes on)")
     chosen = comparison.chosen(rows)
     horizons, differences = comparison.horizons(chosen), comparison.differences(chosen)
+    drifts, collapses = comparison.drifts(chosen), comparison.collapses(chosen)
     figure = out / "comparison.png"
 
     def words() -> None:
@@ -228,6 +267,12 @@ def compare(
         Console().print(table)
         told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
         print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
+        if drifts:
+            told = [f"{name} {drift:.3f}" for name, drift in drifts.items()]
+            print(f"locality lost per hundred edits: {', '.join(told)}")
+        for name, count in collapses.items():
+            if count is not None:
+                print(f"{name} has collapsed at {count} edits: perplexity above ten times the unedited model's")
         base = next(row["perplexity"] for row in chosen if row["method"] == "unedited")
         for name in names:
             last = next((row for row in reversed(chosen) if row["method"] == name), None)
@@ -248,6 +293,8 @@ def compare(
         "rows": chosen,
         "horizons": horizons,
         "differences": differences,
+        "locality_drift": drifts,
+        "collapse_point": collapses,
         "stopped": comparison.stopped,
         "figure": str(figure),
         "folder": str(out),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from errata.editors import Editor, EditorConfig, editor_class, method_of
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.controls import no_op_control, random_control
 from errata.evaluation.figures import comparison_figure, save_figure
+from errata.evaluation.lifelong import collapse_point, locality_drift
 from errata.evaluation.metrics import finite_or_none, held_until
 from errata.evaluation.protocol import Examination, Result, run_sequence
 from errata.evaluation.provenance import run_provenance
@@ -202,6 +204,27 @@ class Comparison:
                 found[method] = {"edits": edits, "fell": fell}
         return found
 
+    def drifts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Per run, locality (generated) lost per hundred edits: the slope over its checkpoints. Left out are runs with
+        fewer than two checkpoints that asked for locality."""
+        found: dict[str, float] = {}
+        for method in self.methods:
+            own = [row for row in rows if row["method"] == method and row["locality"]["generated"] is not None]
+            if len(own) > 1:
+                found[method] = locality_drift([(row["edits"], row["locality"]["generated"]) for row in own])
+        return found
+
+    def collapses(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+        """Per run, the first checkpoint with a perplexity above ten times the unedited model's, None where there is
+        none. Empty where no text was given, or the unedited model has no perplexity itself."""
+        base = next((row["perplexity"] for row in rows if row["method"] == "unedited"), None)
+        if not self.texts or base is None:
+            return {}
+        # A row holds None for a perplexity that is no finite number.
+        read = [(r["method"], r["edits"], math.inf if r["perplexity"] is None else r["perplexity"]) for r in rows]
+        by_run = {method: {edits: value for name, edits, value in read if name == method} for method in self.methods}
+        return {method: collapse_point(values, base=base) for method, values in by_run.items() if values}
+
     def differences(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """Per property, the best run against every other, paired over edits, at the last checkpoint that all reached.
 
@@ -228,7 +251,7 @@ class Comparison:
     def _per_edit(self, method: str, edits: int, name: str) -> list[float]:
         """A property of every edit that was asked about it, generated."""
         lines = RowFile(self._answers(method, edits), {"id", name}).read()
-        asked = [[triple[0] for triple in line[name]] for line in lines if line[name]]
+        asked = [[mark[0] for mark in line[name]] for line in lines if line[name]]
         return [sum(values) / len(values) for values in asked]
 
     def _editor(self, method: str, adapter: Adapter | None = None) -> Editor[Any]:
