@@ -309,6 +309,10 @@ def compare(
     checkpoints: Annotated[str, typer.Option(help="Numbers of edits at which everything is asked.")] = "1,10,100",
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Which of atlas's facts, and in which order.")] = 0,
+    order_seeds: Annotated[
+        str | None,
+        typer.Option(help="Run the same edits in several orders, one per seed: 0,1,2; shows mean and spread."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; one found there is gone on with.")] = Path(
         "errata-compare"
     ),
@@ -335,9 +339,28 @@ def compare(
     from errata.cli.measuring import compare as run
 
     run(
-        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, controls, stop_below,
+        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, order_seeds, controls, stop_below,
         max_new_tokens, strict, device, dtype, as_json,
     )  # fmt: skip
+
+
+@app.command()
+@guarded()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that errata compare has written.")],
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed", help="Also where protocol, model, tokenizer, precision, version or edits differ."
+        ),
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the rows too: a file that ends in .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put rows of several comparisons into one table; refuses rows that were not made alike."""
+    from errata.cli.measuring import table as run
+
+    run(folders, allow_mixed, figure, as_json)
 
 
 @app.command()

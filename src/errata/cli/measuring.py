@@ -1,4 +1,4 @@
-"""`errata evaluate`, `compare`, `bench`."""
+"""`errata evaluate`, `compare`, `table`, `bench`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from errata.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from errata.adapters import Adapter
-    from errata.evaluation import Examination
+    from errata.evaluation import Comparison, Examination
+    from errata.evaluation.orders import OrderedComparisons
 
-__all__ = ["bench", "compare", "evaluate"]
+__all__ = ["bench", "compare", "evaluate", "table"]
 
 _RANKED = ("efficacy", "paraphrase", "neighbourhood", "score")
 _NAMES = ("reliability", "generalization", "locality", "portability")
@@ -193,6 +194,7 @@ def compare(
     text: Path | None,
     settings: list[str],
     seed: int,
+    order_seeds: str | None,
     controls: bool,
     stop_below: float,
     max_new_tokens: int,
@@ -202,12 +204,14 @@ def compare(
     as_json: bool,
 ) -> None:
     from errata.editors import editor_names, method_of
-    from errata.evaluation import HORIZON, Comparison
+    from errata.evaluation import Comparison
+    from errata.evaluation.orders import OrderedComparisons
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
         raise ConfigError(f"--methods {methods!r} names no method; there are {', '.join(editor_names())}")
     counts = parse_numbers(checkpoints, "--checkpoints")
+    orders = None if order_seeds is None else parse_numbers(order_seeds, "--order-seeds", least=0)
     per_method: dict[str, dict[str, Any]] = {name: {} for name in names}
     for pair in settings:
         method, dot, rest = pair.partition(".")
@@ -226,47 +230,86 @@ def compare(
     else:
         edits = load_edits(edits_path, limit, strict).edits
     model = load_model(model_name, device, dtype)
-    comparison = Comparison(
-        model,
-        names,
-        edits,
-        counts,
-        out,
-        texts=load_texts(text),
-        settings=per_method,
-        controls=controls,
-        max_new_tokens=max_new_tokens,
-        stop_below=stop_below,
-    )
-    for note in comparison.notes:
-        log(note)
+    more: dict[str, Any] = {
+        "texts": load_texts(text),
+        "settings": per_method,
+        "controls": controls,
+        "max_new_tokens": max_new_tokens,
+        "stop_below": stop_below,
+    }
+    if orders is None:
+        comparison = Comparison(model, names, edits, counts, out, **more)
+        for note in comparison.notes:
+            log(note)
+        _compared(comparison, _run_rows(comparison), as_json)
+    else:
+        ordered = OrderedComparisons(model, names, edits, counts, out, orders, **more)
+        for note in ordered.first.notes:
+            log(note)
+        _ordered(ordered, _run_rows(ordered), as_json)
+
+
+def _run_rows(comparison: Comparison | OrderedComparisons) -> list[dict[str, Any]]:
+    """Make every row, or what is missing of them, telling of each."""
     rows = []
     with progress_bar() as progress:
         for row in comparison.run(progress):
             rows.append(row)
             shares = "  ".join(f"{name} {_number(row[name]['generated'])}" for name in _NAMES[:3])
-            log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
+            order = row["made"]["order_seed"]
+            told = row["method"] if order is None else f"{row['method']}, order {order}"
+            log(f"{told}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
+    return rows
+
+
+def _show_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """A table of rows of comparisons; with the spread over orders where rows have one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("method", "edits", *_NAMES[:3], "perplexity", "s/edit"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+
+    def share(score: dict[str, Any]) -> str:
+        spread = score.get("spread")
+        told = _number(score["generated"]) + ("" if spread is None else f" ± {spread:.3f}")
+        return f"{told} ({_number(score['teacher_forced'])})"
+
+    for row in rows:
+        ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
+        table.add_row(*plain(row["method"], str(row["edits"]), *(share(row[name]) for name in _NAMES[:3]), *ends))
+    Console().print(table)
+
+
+def _say_differences(differences: dict[str, list[dict[str, Any]]]) -> None:
+    for name, pairs in differences.items():
+        alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
+        beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
+        words = [f"better than {', '.join(beaten)}"] if beaten else []
+        words += [f"not told apart from {', '.join(alike)}"] if alike else []
+        print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+
+
+def _say_horizons(horizons: dict[str, dict[str, Any]], where: str = "") -> None:
+    from errata.evaluation import HORIZON
+
+    told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
+    print(f"edits until reliability falls under {HORIZON}{where}: {', '.join(told)}")
+
+
+def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool) -> None:
     for name, count in comparison.stopped.items():
-        log(f"{name} stopped at {count} edits: reliability is below {stop_below:g} (--stop-below 0 goes on)")
+        below = f"reliability is below {comparison.stop_below:g} (--stop-below 0 goes on)"
+        log(f"{name} stopped at {count} edits: {below}")
     chosen = comparison.chosen(rows)
     horizons, differences = comparison.horizons(chosen), comparison.differences(chosen)
     drifts, collapses = comparison.drifts(chosen), comparison.collapses(chosen)
-    figure = out / "comparison.png"
+    figure = comparison.folder / "comparison.png"
 
     def words() -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title="all edits asked after the last one; generated (teacher-forced)")
-        for column in ("method", "edits", *_NAMES[:3], "perplexity", "s/edit"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for row in chosen:
-            cells = [f"{_number(row[n]['generated'])} ({_number(row[n]['teacher_forced'])})" for n in _NAMES[:3]]
-            ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
-            table.add_row(*plain(row["method"], str(row["edits"]), *cells, *ends))
-        Console().print(table)
-        told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
-        print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
+        _show_rows(chosen, "all edits asked after the last one; generated (teacher-forced)")
+        _say_horizons(horizons)
         if drifts:
             told = [f"{name} {drift:.3f}" for name, drift in drifts.items()]
             print(f"locality lost per hundred edits: {', '.join(told)}")
@@ -274,22 +317,17 @@ def compare(
             if count is not None:
                 print(f"{name} has collapsed at {count} edits: perplexity above ten times the unedited model's")
         base = next(row["perplexity"] for row in chosen if row["method"] == "unedited")
-        for name in names:
+        for name in comparison.methods:
             last = next((row for row in reversed(chosen) if row["method"] == name), None)
             if last is not None and "collapse" in last["guard"]:
                 now = last.get("guard_perplexity", {}).get("collapse")
                 times = f", perplexity × {now / base:.2f} there" if now and base else ""
                 print(f"{name}: the guard calls a collapse at {last['guard']['collapse']} edits{times}")
-        for name, pairs in differences.items():
-            alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
-            beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
-            words = [f"better than {', '.join(beaten)}"] if beaten else []
-            words += [f"not told apart from {', '.join(alike)}"] if alike else []
-            print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+        _say_differences(differences)
         print(f"figure: {figure}")
 
     record = {
-        "model": model.model_id,
+        "model": comparison.model.model_id,
         "rows": chosen,
         "horizons": horizons,
         "differences": differences,
@@ -297,9 +335,74 @@ def compare(
         "collapse_point": collapses,
         "stopped": comparison.stopped,
         "figure": str(figure),
-        "folder": str(out),
+        "folder": str(comparison.folder),
         "notes": list(comparison.notes),
         "provenance": comparison.provenance,
+    }
+    emit(record, as_json, words)
+
+
+def _ordered(ordered: OrderedComparisons, rows: list[dict[str, Any]], as_json: bool) -> None:
+    chosen, means, differences = ordered.chosen(rows), ordered.means(rows), ordered.differences()
+    figure = ordered.folder / "comparison.png"
+    per_order: dict[str, dict[str, Any]] = {}
+    for seed, comparison in ordered.comparisons.items():
+        own = [row for row in chosen if row["made"]["order_seed"] == seed]
+        per_order[str(seed)] = {
+            "horizons": comparison.horizons(own),
+            "locality_drift": comparison.drifts(own),
+            "collapse_point": comparison.collapses(own),
+            "stopped": comparison.stopped,
+        }
+
+    def words() -> None:
+        count = len(ordered.comparisons)
+        title = f"means over {count} orders of the same edits ± standard deviation; generated (teacher-forced)"
+        _show_rows(means, title)
+        for seed, found in per_order.items():
+            _say_horizons(found["horizons"], f" in order {seed}")
+            for name, edits in found["collapse_point"].items():
+                if edits is not None:
+                    print(f"{name} has collapsed at {edits} edits in order {seed}")
+        _say_differences(differences)
+        print(f"figure: {figure} (bands: range over the orders)")
+
+    record = {
+        "model": ordered.first.model.model_id,
+        "rows": chosen,
+        "means": means,
+        "orders": per_order,
+        "differences": differences,
+        "figure": str(figure),
+        "folder": str(ordered.folder),
+        "notes": list(ordered.first.notes),
+        "provenance": ordered.first.provenance,
+    }
+    emit(record, as_json, words)
+
+
+def table(folders: Sequence[Path], allow_mixed: bool, figure: Path | None, as_json: bool) -> None:
+    from errata.evaluation.figures import comparison_figure, save_figure
+    from errata.evaluation.joining import join_comparisons
+
+    joined = join_comparisons(folders, allow_mixed=allow_mixed)
+    if figure is not None:
+        save_figure(comparison_figure(joined.rows), figure)
+
+    def words() -> None:
+        _show_rows(joined.rows, "generated (teacher-forced)")
+        for kind, found in (("differs", joined.differs), ("seeds", joined.seeds)):
+            for key, values in found.items():
+                told = ", ".join(f"{value} in {name}" for name, value in values.items())
+                print(f"{'not alike: ' if kind == 'differs' else ''}{key.replace('_', ' ')}: {told}")
+        if figure is not None:
+            print(f"figure: {figure}")
+
+    record = {
+        "rows": joined.rows,
+        "differs": joined.differs,
+        "seeds": joined.seeds,
+        "figure": None if figure is None else str(figure),
     }
     emit(record, as_json, words)
 

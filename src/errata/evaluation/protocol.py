@@ -174,9 +174,12 @@ class Examination:
     def ask_unedited(self, progress: Progress = NO_PROGRESS) -> Result:
         """Measure the unedited model, which must be free of adapters, and keep its answers as `ask_base` does.
 
-        Asks everything once, where `ask_base` and then `ask` would ask most of it twice.
+        Asks everything once, where `ask_base` and then `ask` would ask most of it twice; and nothing where all of it is
+        known already, from another examination of the same edits (`share_base`).
         """
         prompts = self._prompts(self.edits)
+        if set(prompts) <= self._said_before.keys() and set(self._pairs(self.edits)) <= self._forced_before.keys():
+            return self._result(self.edits, self._said_before, self._forced_before)
         progress.start("asking the unedited model", len(prompts))
         written = self._generate(prompts, progress)
         self._said_before = _texts(written)
