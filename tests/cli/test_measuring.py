@@ -165,3 +165,27 @@ def test_table_joins_folders_and_refuses_what_was_made_otherwise(place: Path, tm
     assert error["type"] == "ConfigError"
     assert "max_new_tokens is 3" in error["message"]
     assert "not alike: max new tokens: 3 in" in words("table", str(one), str(third), "--allow-mixed")
+
+
+def test_evaluate_has_a_judge_read_the_answers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.evaluation.judge import Judge, Reply
+
+    keys: list[str | None] = []
+
+    def reply(self: Judge, question: Any) -> Reply:
+        keys.append(self._key)
+        return Reply("CORRECT", True, None) if question.prompt.startswith("The") else Reply("hm", None, "no verdict")
+
+    monkeypatch.setattr(Judge, "_reply", reply)
+    monkeypatch.setenv("ERRATA_JUDGE_KEY", "secret")
+    log = tmp_path / "judge.jsonl"
+    asked = [*evaluated(place), "--judge", "http://localhost:1/v1", "--judge-model", "grader", "--judge-log", str(log)]
+    found = run(*asked)["judge"]
+    assert (found["reliability"]["correct"], found["reliability"]["edits"]) == (1.0, 2)
+    assert found["failures"] == {"no verdict": 3}
+    assert set(keys) == {"secret"}
+    assert "secret" not in log.read_text("utf-8")
+    shown = words(*asked)
+    assert "called correct by the judge grader: reliability 1.000" in shown
+    assert "no verdict: 3 × no verdict; the same command asks these again" in shown
+    assert "--judge-model NAME" in run(*asked[:-4], fails=True)["error"]["message"]

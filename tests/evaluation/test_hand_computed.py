@@ -10,7 +10,7 @@ import pytest
 from errata.evaluation.lifelong import capability_drop, collapse_point, forgetting, locality_drift
 from errata.evaluation.metrics import Score, answers_exactly, best_answer, contains, token_f1, wilson_interval
 from errata.evaluation.preference import CounterFactScores, OverfittingScores, Preference, harmonic_mean
-from errata.evaluation.significance import compare_methods, holm, mcnemar, sign_flip_test
+from errata.evaluation.significance import cohen_kappa, compare_methods, holm, mcnemar, sign_flip_test
 from errata.evaluation.texts import consistency, fluency, ngram_entropy, words_of
 
 
@@ -162,6 +162,19 @@ def test_mcnemar_counts_what_the_methods_disagree_on() -> None:
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 9) / 2**9)
     assert mcnemar([True, False], [True, False]) == 1.0
     assert mcnemar([True], [False]) == 1.0
+
+
+def test_kappa_is_agreement_beyond_chance() -> None:
+    # 20 both yes, 15 both no, 5 and 10 apart: agree on 0.7, by chance on 0.6 · 0.5 + 0.4 · 0.5 = 0.5.
+    first = [True] * 20 + [True] * 10 + [False] * 5 + [False] * 15
+    second = [True] * 20 + [False] * 10 + [True] * 5 + [False] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4)
+    assert cohen_kappa([True, False], [True, False]) == 1.0
+    assert cohen_kappa([True, False], [False, True]) == -1.0
+    assert math.isnan(cohen_kappa([True, True], [True, True]))
+    assert math.isnan(cohen_kappa([], []))
+    with pytest.raises(ValueError, match="shorter"):
+        cohen_kappa([True, True], [True])
 
 
 def test_sign_flips() -> None:

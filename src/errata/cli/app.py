@@ -252,6 +252,17 @@ def evaluate(
         Path | None,
         typer.Option(help="For --fluency: texts to compare with, a record of {object, text} for each target."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Also have a model judge the answers: the address of a server of OpenAI's chat protocol. Its key "
+            "is taken from ERRATA_JUDGE_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="For --judge: the model's name on that server.")] = None,
+    judge_log: Annotated[
+        Path, typer.Option(help="For --judge: every reply as it came, JSONL; what is judged there is not asked again.")
+    ] = Path("errata-judge.jsonl"),
     max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
@@ -262,8 +273,8 @@ def evaluate(
     from errata.cli.measuring import evaluate as run
 
     run(
-        model, adapter, edits, limit, text, controls, rankings, kl, fluency, references, max_new_tokens, strict, device,
-        dtype, as_json,
+        model, adapter, edits, limit, text, controls, rankings, kl, fluency, references, judge, judge_model, judge_log,
+        max_new_tokens, strict, device, dtype, as_json,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["bench", "compare", "evaluate", "table"]
 
 _RANKED = ("efficacy", "paraphrase", "neighbourhood", "score")
+_JUDGE_KEY = "ERRATA_JUDGE_KEY"
 _NAMES = ("reliability", "generalization", "locality", "portability")
 
 
@@ -59,6 +61,20 @@ def _controls(
     return [control.to_record() for control in found]
 
 
+def _say_judged(judged: dict[str, Any]) -> None:
+    shares = ", ".join(f"{name} {_number(judged[name]['correct'])}" for name in _NAMES if name in judged)
+    print(f"called correct by the judge {judged['model']}: {shares}")
+    beyond = f"Cohen's kappa {_number(judged['kappa'])}"
+    print(
+        f"  {judged['judged']} of {judged['asked']} answers judged; agrees with exact match on "
+        f"{_number(judged['agreement'])} ({beyond}); right to the judge alone {judged['judge_only']}, to exact match "
+        f"alone {judged['exact_only']}; replies in {judged['log']}"
+    )
+    if judged["failures"]:
+        told = ", ".join(f"{count} × {name}" for name, count in judged["failures"].items())
+        print(f"  no verdict: {told}; the same command asks these again")
+
+
 def evaluate(
     model_name: str,
     adapter_path: Path | None,
@@ -70,6 +86,9 @@ def evaluate(
     kl: bool,
     fluency: bool,
     references: Path | None,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_log: Path,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
@@ -79,6 +98,7 @@ def evaluate(
     from errata.evaluation import Examination, run_provenance
     from errata.evaluation.divergence import locality_divergence
     from errata.evaluation.free_text import read_references, write_freely
+    from errata.evaluation.judge import Judge, judge_answers
     from errata.evaluation.metrics import finite_or_none
     from errata.evaluation.rankings import rank_answers
 
@@ -89,12 +109,18 @@ def evaluate(
     if references is not None and not fluency:
         raise ConfigError("--references are compared with what is written freely; give --fluency too")
     about = {} if references is None else read_references(references)
+    if (judge_url is None) != (judge_model is None):
+        raise ConfigError("a judge needs both its server and its name: --judge http://HOST:PORT/v1 --judge-model NAME")
+    judge = None
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, judge_log, key=os.environ.get(_JUDGE_KEY))
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
     control_records: list[dict[str, Any]] = []
     ranked: dict[str, dict[str, Any]] = {}
     moved: dict[str, Any] | None = None
     free: dict[str, dict[str, Any]] = {}
+    judged: dict[str, Any] | None = None
     with progress_bar() as progress:
         if rankings:  # first, so that edits which cannot be ranked are found before anything is asked
             ranked["before"] = rank_answers(model, found.edits, progress=progress).to_record()
@@ -111,6 +137,9 @@ def evaluate(
             free["after"] = write_freely(model, found.edits, references=about, progress=progress).to_record()
         if kl:
             moved = locality_divergence(model, found.edits, texts, progress=progress).to_record()
+        if judge is not None:
+            found_right = judge_answers(judge, result.asked, progress).to_record()
+            judged = {"url": judge.url, "model": judge.model, "log": str(judge_log), **found_right}
         if adapter is not None and controls:
             log("baselines: random content of the same norm, and edits that say nothing new; --no-controls skips them")
             control_records = _controls(adapter, examination, texts, progress)
@@ -126,6 +155,7 @@ def evaluate(
         "rankings": ranked or None,
         "kl": moved,
         "free_text": free or None,
+        "judge": judged,
         "records_left_out": len(found.problems),
         "provenance": run_provenance(model, None if adapter is None else adapter.editor_config),
     }
@@ -166,6 +196,8 @@ def evaluate(
             )
             for kind, value in moved["locality_by_kind"].items():
                 print(f"  {kind}: {_small(value)}")
+        if judged is not None:
+            _say_judged(judged)
         for when, own in free.items():
             like = own["consistency"]
             told = f", consistency {_number(like['value'])} over {like['edits']} edits" if like["edits"] else ""

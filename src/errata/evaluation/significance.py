@@ -16,7 +16,7 @@ import numpy as np
 
 from errata.evaluation.metrics import bootstrap_mean
 
-__all__ = ["Difference", "compare_methods", "holm", "mcnemar", "sign_flip_test"]
+__all__ = ["Difference", "cohen_kappa", "compare_methods", "holm", "mcnemar", "sign_flip_test"]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -31,6 +31,20 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(apart, k) for k in range(min(ours, theirs) + 1)) / 2**apart
     return float(min(1.0, 2 * tail))
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Agreement of two raters beyond chance (Cohen 1960), (p_o − p_e) / (1 − p_e): 1 is always, 0 as by chance.
+
+    NaN where nothing was rated, and where chance alone agrees always, since both say the same one thing throughout.
+    """
+    pairs = list(zip(first, second, strict=True))
+    if not pairs:
+        return math.nan
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    ours, theirs = (sum(pair[rater] for pair in pairs) / len(pairs) for rater in range(2))
+    chance = ours * theirs + (1 - ours) * (1 - theirs)
+    return math.nan if chance == 1 else (observed - chance) / (1 - chance)
 
 
 def sign_flip_test(differences: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> float:
