@@ -45,6 +45,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError:  # a client that has stopped waiting
+            pass
+
     def log_message(self, *_: Any) -> None:
         pass
 

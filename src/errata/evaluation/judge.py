@@ -1,8 +1,8 @@
 """A language model as judge of answers, through any server that speaks OpenAI's chat protocol.
 
 A judge sees through other spellings and wordings that exact match calls wrong, and makes mistakes of its own. So it
-never stands alone: every reply is logged as it came, what could not be judged is counted by what went wrong, and agreement
-with exact match is reported over all that was judged.
+never stands alone: every reply is logged as it came, what could not be judged is counted by what went wrong, and
+agreement with exact match is reported over all that was judged.
 """
 
 from __future__ import annotations
