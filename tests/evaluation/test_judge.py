@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -46,10 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # of a client that has stopped waiting
             super().handle()
-        except ConnectionError:  # a client that has stopped waiting
-            pass
 
     def log_message(self, *_: Any) -> None:
         pass
