@@ -198,6 +198,20 @@ def test_overfitting_of_single_edits(
     assert run("evoke", edits=3).rows == first.rows
 
 
+def test_of_atlas_those_edits_are_taken_of_which_something_else_is_known(
+    model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.studies.evoke import _edits
+
+    monkeypatch.setattr(model, "model_id", "atlas")
+    bench = Workbench(study("evoke"), model, StudyOptions(folder=tmp_path), NO_PROGRESS)
+    found = _edits(bench, 20)
+    assert len(found) == 20
+    kinds = [{probe.kind for probe in (*edit.locality, *edit.portability)} for edit in found]
+    assert all(own & {"two_hop", "same_subject"} for own in kinds)
+    assert not any("second_language" in own for own in kinds)
+
+
 def test_distraction_is_asked_behind_the_edits_own_sentence(model: EditableModel, tmp_path: Path) -> None:
     from errata.studies.evoke import _asked
 
