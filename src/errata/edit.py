@@ -36,7 +36,8 @@ class Probe(BaseModel):
     """A prompt that is asked to see what an edit did, with the answer if one is right or was given.
 
     `kind` says what it probes ("same_relation", "same_subject", "unrelated", "second_language", ...); free text.
-    `aliases` are other names of the answer, each of them right.
+    `aliases` are other names of the answer, each of them right. Probes of an edit with the same `group` are wordings of
+    one question, of which it may be enough that any is answered (MQuAKE's multi-hop questions).
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -45,6 +46,7 @@ class Probe(BaseModel):
     answer: str | None = None
     kind: str | None = None
     aliases: tuple[str, ...] = ()
+    group: str | None = None
 
     @field_validator("prompt")
     @classmethod

@@ -8,9 +8,9 @@ from math import log
 import pytest
 
 from errata.evaluation.lifelong import capability_drop, collapse_point, forgetting, locality_drift
-from errata.evaluation.metrics import answers_exactly, best_answer, contains, token_f1
+from errata.evaluation.metrics import Score, answers_exactly, best_answer, contains, token_f1, wilson_interval
 from errata.evaluation.preference import CounterFactScores, OverfittingScores, Preference, harmonic_mean
-from errata.evaluation.significance import compare_methods, holm, mcnemar, sign_flip_test, wilson_interval
+from errata.evaluation.significance import cohen_kappa, compare_methods, holm, mcnemar, sign_flip_test
 from errata.evaluation.texts import consistency, fluency, ngram_entropy, words_of
 
 
@@ -23,6 +23,10 @@ from errata.evaluation.texts import consistency, fluency, ngram_entropy, words_o
         (" New York", "York New", 1.0),  # without order
         (" Zürich", "zürich.", 1.0),
         (" Paris", "Rome", 0.0),
+        (" Washington", "Washington D.C.", 2 / 3),  # the beginning of an answer: 2 · 1 / (1 + 2)
+        (" Washington D.C.", "Washington", 2 / 3),
+        (" São Tomé and the Príncipe", "Príncipe and São Tomé", 1.0),
+        (" 東京都", "東京", 0.0),  # words are what stands between spaces
         ("", "Rome", 0.0),
         ("", "", 1.0),
     ],
@@ -142,11 +146,35 @@ def test_wilson_intervals() -> None:
         wilson_interval(11, 10)
 
 
+def test_only_shares_of_edits_have_wilson_intervals() -> None:
+    share = Score.of([1.0] * 8 + [0.0] * 2, [1.0] * 10, [0.5] * 10, [0.25] * 10)
+    assert share.wilson == wilson_interval(8, 10)
+    record = share.to_record()
+    assert record["wilson_interval"] == [0.490162, 0.943318]
+    assert (record["f1"], record["contains"], record["teacher_forced"]) == (0.25, 1.0, 0.5)
+    # Two prompts an edit, one of them right: no longer a share of edits.
+    assert Score.of([1.0, 0.5], [1.0, 0.5], [1.0, 0.5], [1.0, 0.5]).wilson is None
+    assert Score.of([], [], [], []).to_record()["wilson_interval"] is None
+
+
 def test_mcnemar_counts_what_the_methods_disagree_on() -> None:
     first, second = [True] * 8 + [False] + [True] * 50, [False] * 8 + [True] + [True] * 50
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 9) / 2**9)
     assert mcnemar([True, False], [True, False]) == 1.0
     assert mcnemar([True], [False]) == 1.0
+
+
+def test_kappa_is_agreement_beyond_chance() -> None:
+    # 20 both yes, 15 both no, 5 and 10 apart: agree on 0.7, by chance on 0.6 · 0.5 + 0.4 · 0.5 = 0.5.
+    first = [True] * 20 + [True] * 10 + [False] * 5 + [False] * 15
+    second = [True] * 20 + [False] * 10 + [True] * 5 + [False] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4)
+    assert cohen_kappa([True, False], [True, False]) == 1.0
+    assert cohen_kappa([True, False], [False, True]) == -1.0
+    assert math.isnan(cohen_kappa([True, True], [True, True]))
+    assert math.isnan(cohen_kappa([], []))
+    with pytest.raises(ValueError, match="shorter"):
+        cohen_kappa([True, True], [True])
 
 
 def test_sign_flips() -> None:
@@ -176,5 +204,8 @@ def test_methods_are_compared_on_the_same_edits() -> None:
     assert (same.difference, same.p, same.adjusted_p) == (0.0, 1.0, 1.0)
     assert (worse.first, worse.difference) == ("bad", -1.0)
     assert better.to_record()["low"] == 1.0
+    assert (better.p, better.test) == (mcnemar([True] * 30, [False] * 30), "mcnemar")
+    (shares,) = compare_methods({"one": [1.0, 0.5, 0.5], "other": [0.5, 0.0, 0.0]})
+    assert (shares.p, shares.test) == (2 / 8, "permutation")
     with pytest.raises(ValueError, match="longer"):
         compare_methods({"one": [1.0], "two": [1.0, 0.0]})

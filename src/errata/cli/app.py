@@ -292,6 +292,32 @@ def evaluate(
             "neighbourhood scores.",
         ),
     ] = False,
+    kl: Annotated[
+        bool,
+        typer.Option(
+            "--kl",
+            help="Also measure how far next-token distributions moved, at locality prompts and on held-out text.",
+        ),
+    ] = False,
+    fluency: Annotated[
+        bool,
+        typer.Option("--fluency", help="Also let the model write 100 tokens about each edit: does it repeat itself?"),
+    ] = False,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="For --fluency: texts to compare with, a record of {object, text} for each target."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Also have a model judge the answers: the address of a server of OpenAI's chat protocol. Its key "
+            "is taken from ERRATA_JUDGE_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="For --judge: the model's name on that server.")] = None,
+    judge_log: Annotated[
+        Path, typer.Option(help="For --judge: every reply as it came, JSONL; what is judged there is not asked again.")
+    ] = Path("errata-judge.jsonl"),
     max_new_tokens: MaxNewTokens = 32,
     strict: Strict = False,
     device: Device = None,
@@ -301,7 +327,10 @@ def evaluate(
     """Measure reliability, generalization, locality and portability of an adapter, and perplexity."""
     from errata.cli.measuring import evaluate as run
 
-    run(model, adapter, edits, limit, text, controls, rankings, max_new_tokens, strict, device, dtype, as_json)
+    run(
+        model, adapter, edits, limit, text, controls, rankings, kl, fluency, references, judge, judge_model, judge_log,
+        max_new_tokens, strict, device, dtype, as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -346,6 +375,10 @@ def compare(
     checkpoints: Annotated[str, typer.Option(help="Numbers of edits at which everything is asked.")] = "1,10,100",
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Which of atlas's facts, and in which order.")] = 0,
+    order_seeds: Annotated[
+        str | None,
+        typer.Option(help="Run the same edits in several orders, one per seed: 0,1,2; shows mean and spread."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; one found there is gone on with.")] = Path(
         "errata-compare"
     ),
@@ -372,9 +405,28 @@ def compare(
     from errata.cli.measuring import compare as run
 
     run(
-        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, controls, stop_below,
+        model, methods, edits, checkpoints, limit, out, text, settings or [], seed, order_seeds, controls, stop_below,
         max_new_tokens, strict, device, dtype, as_json,
     )  # fmt: skip
+
+
+@app.command()
+@guarded()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that errata compare has written.")],
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed", help="Also where protocol, model, tokenizer, precision, version or edits differ."
+        ),
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the rows too: a file that ends in .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put rows of several comparisons into one table; refuses rows that were not made alike."""
+    from errata.cli.measuring import table as run
+
+    run(folders, allow_mixed, figure, as_json)
 
 
 @app.command()

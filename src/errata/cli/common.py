@@ -112,14 +112,15 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_numbers(text: str, option: str) -> list[int]:
-    """ "1,10,100" as numbers of one or more."""
+def parse_numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """ "1,10,100" as whole numbers, none below the least."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
+    if not numbers or min(numbers) < least:
         raise ConfigError(
-            f"{option} {text!r} is not understood; write whole numbers from 1 up with commas, as in 1,10,100"
+            f"{option} {text!r} is not understood; write whole numbers from {least} up with commas, as in "
+            f"{'1,10,100' if least else '0,1,2'}"
         )
     return numbers

@@ -1,7 +1,8 @@
-"""`errata evaluate`, `compare`, `bench`."""
+"""`errata evaluate`, `compare`, `table`, `bench`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,22 @@ from errata.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from errata.adapters import Adapter
-    from errata.evaluation import Examination
+    from errata.evaluation import Comparison, Examination
+    from errata.evaluation.orders import OrderedComparisons
 
-__all__ = ["bench", "compare", "evaluate"]
+__all__ = ["bench", "compare", "evaluate", "table"]
 
 _RANKED = ("efficacy", "paraphrase", "neighbourhood", "score")
+_JUDGE_KEY = "ERRATA_JUDGE_KEY"
 _NAMES = ("reliability", "generalization", "locality", "portability")
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _small(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _controls(
@@ -54,6 +61,20 @@ def _controls(
     return [control.to_record() for control in found]
 
 
+def _say_judged(judged: dict[str, Any]) -> None:
+    shares = ", ".join(f"{name} {_number(judged[name]['correct'])}" for name in _NAMES if name in judged)
+    print(f"called correct by the judge {judged['model']}: {shares}")
+    beyond = f"Cohen's kappa {_number(judged['kappa'])}"
+    print(
+        f"  {judged['judged']} of {judged['asked']} answers judged; agrees with exact match on "
+        f"{_number(judged['agreement'])} ({beyond}); right to the judge alone {judged['judge_only']}, to exact match "
+        f"alone {judged['exact_only']}; replies in {judged['log']}"
+    )
+    if judged["failures"]:
+        told = ", ".join(f"{count} × {name}" for name, count in judged["failures"].items())
+        print(f"  no verdict: {told}; the same command asks these again")
+
+
 def evaluate(
     model_name: str,
     adapter_path: Path | None,
@@ -62,6 +83,12 @@ def evaluate(
     text: Path | None,
     controls: bool,
     rankings: bool,
+    kl: bool,
+    fluency: bool,
+    references: Path | None,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_log: Path,
     max_new_tokens: int,
     strict: bool,
     device: str | None,
@@ -69,18 +96,36 @@ def evaluate(
     as_json: bool,
 ) -> None:
     from errata.evaluation import Examination, run_provenance
+    from errata.evaluation.divergence import locality_divergence
+    from errata.evaluation.free_text import read_references, write_freely
+    from errata.evaluation.judge import Judge, judge_answers
     from errata.evaluation.metrics import finite_or_none
     from errata.evaluation.rankings import rank_answers
 
     found = load_edits(edits_path, limit, strict)
     texts = load_texts(text)
+    if kl and adapter_path is None:
+        raise ConfigError("--kl compares an edited model with its base; give --adapter")
+    if references is not None and not fluency:
+        raise ConfigError("--references are compared with what is written freely; give --fluency too")
+    about = {} if references is None else read_references(references)
+    if (judge_url is None) != (judge_model is None):
+        raise ConfigError("a judge needs both its server and its name: --judge http://HOST:PORT/v1 --judge-model NAME")
+    judge = None
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, judge_log, key=os.environ.get(_JUDGE_KEY))
     model = load_model(model_name, device, dtype)
     examination = Examination(model, found.edits, max_new_tokens)
     control_records: list[dict[str, Any]] = []
     ranked: dict[str, dict[str, Any]] = {}
+    moved: dict[str, Any] | None = None
+    free: dict[str, dict[str, Any]] = {}
+    judged: dict[str, Any] | None = None
     with progress_bar() as progress:
         if rankings:  # first, so that edits which cannot be ranked are found before anything is asked
             ranked["before"] = rank_answers(model, found.edits, progress=progress).to_record()
+        if fluency:
+            free["before"] = write_freely(model, found.edits, references=about, progress=progress).to_record()
         unedited = examination.ask_unedited(progress)
         before = model.perplexity(texts)
         adapter = load_adapter(adapter_path, model)
@@ -88,6 +133,13 @@ def evaluate(
         after = before if adapter is None else model.perplexity(texts)
         if rankings and adapter is not None:
             ranked["after"] = rank_answers(model, found.edits, progress=progress).to_record()
+        if fluency and adapter is not None:
+            free["after"] = write_freely(model, found.edits, references=about, progress=progress).to_record()
+        if kl:
+            moved = locality_divergence(model, found.edits, texts, progress=progress).to_record()
+        if judge is not None:
+            found_right = judge_answers(judge, result.asked, progress).to_record()
+            judged = {"url": judge.url, "model": judge.model, "log": str(judge_log), **found_right}
         if adapter is not None and controls:
             log("baselines: random content of the same norm, and edits that say nothing new; --no-controls skips them")
             control_records = _controls(adapter, examination, texts, progress)
@@ -101,6 +153,9 @@ def evaluate(
         "unedited": {name: unedited.score(name).to_record() for name in _NAMES},
         "controls": control_records,
         "rankings": ranked or None,
+        "kl": moved,
+        "free_text": free or None,
+        "judge": judged,
         "records_left_out": len(found.problems),
         "provenance": run_provenance(model, None if adapter is None else adapter.editor_config),
     }
@@ -111,19 +166,22 @@ def evaluate(
         from rich.text import Text
 
         table = Table(title=f"{len(found.edits)} edits ({found.format}), protocol {result.protocol}")
-        for column in ("", "unedited", "generated", "interval", "contains", "teacher-forced", "edits asked"):
+        for column in ("", "unedited", "generated", "interval", "contains", "F1", "teacher-forced", "edits asked"):
             table.add_column(column, justify="left" if not column else "right")
 
         def row(label: str, score: dict[str, Any], unedited: str = "") -> None:
             low, high = score["generated_interval"]
             interval = "–" if low is None else f"{low:.2f}–{high:.2f}"
-            cells = (unedited, _number(score["generated"]), interval, _number(score["contains"]))
-            table.add_row(Text(label), *cells, _number(score["teacher_forced"]), str(score["edits"]))
+            ways = [_number(score[way]) for way in ("generated", "contains", "f1", "teacher_forced")]
+            table.add_row(Text(label), unedited, ways[0], interval, *ways[1:], str(score["edits"]))
 
         for name in _NAMES:
             row(name, record[name], _number(record["unedited"][name]["generated"]))
-        for kind, score in record["locality_by_kind"].items():
-            row(f"  locality: {kind}", score)
+        for name in ("locality", "portability"):
+            for kind, score in record[f"{name}_by_kind"].items():
+                row(f"  {name}: {kind}", score)
+        for kind, score in record["portability_any_of"].items():
+            row(f"  portability: {kind}, any wording", score)
         for control in control_records:
             table.add_section()
             for name in _NAMES:
@@ -131,6 +189,19 @@ def evaluate(
                     row(f"{control['name']}: {name}", control[name])
         Console().print(table)
         print(f"perplexity of held-out text: {before:.3f} before, {after:.3f} after")
+        if moved is not None:
+            print(
+                f"KL(base ‖ edited) in nats: {_small(moved['locality'])} at locality prompts (median over edits "
+                f"{_small(moved['locality_median'])}), {_small(moved['text'])} per token of held-out text"
+            )
+            for kind, value in moved["locality_by_kind"].items():
+                print(f"  {kind}: {_small(value)}")
+        if judged is not None:
+            _say_judged(judged)
+        for when, own in free.items():
+            like = own["consistency"]
+            told = f", consistency {_number(like['value'])} over {like['edits']} edits" if like["edits"] else ""
+            print(f"{own['tokens']} tokens written freely, {when}: fluency {_number(own['fluency']['value'])}{told}")
         for when, scores in ranked.items():
             told = ", ".join(f"{name} {_number(scores[name])}" for name in _RANKED)
             print(f"new answer likelier than the old, {when}: {told}")
@@ -155,6 +226,7 @@ def compare(
     text: Path | None,
     settings: list[str],
     seed: int,
+    order_seeds: str | None,
     controls: bool,
     stop_below: float,
     max_new_tokens: int,
@@ -164,12 +236,14 @@ def compare(
     as_json: bool,
 ) -> None:
     from errata.editors import editor_names, method_of
-    from errata.evaluation import HORIZON, Comparison
+    from errata.evaluation import Comparison
+    from errata.evaluation.orders import OrderedComparisons
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
         raise ConfigError(f"--methods {methods!r} names no method; there are {', '.join(editor_names())}")
     counts = parse_numbers(checkpoints, "--checkpoints")
+    orders = None if order_seeds is None else parse_numbers(order_seeds, "--order-seeds", least=0)
     per_method: dict[str, dict[str, Any]] = {name: {} for name in names}
     for pair in settings:
         method, dot, rest = pair.partition(".")
@@ -188,71 +262,179 @@ def compare(
     else:
         edits = load_edits(edits_path, limit, strict).edits
     model = load_model(model_name, device, dtype)
-    comparison = Comparison(
-        model,
-        names,
-        edits,
-        counts,
-        out,
-        texts=load_texts(text),
-        settings=per_method,
-        controls=controls,
-        max_new_tokens=max_new_tokens,
-        stop_below=stop_below,
-    )
-    for note in comparison.notes:
-        log(note)
+    more: dict[str, Any] = {
+        "texts": load_texts(text),
+        "settings": per_method,
+        "controls": controls,
+        "max_new_tokens": max_new_tokens,
+        "stop_below": stop_below,
+    }
+    if orders is None:
+        comparison = Comparison(model, names, edits, counts, out, **more)
+        for note in comparison.notes:
+            log(note)
+        _compared(comparison, _run_rows(comparison), as_json)
+    else:
+        ordered = OrderedComparisons(model, names, edits, counts, out, orders, **more)
+        for note in ordered.first.notes:
+            log(note)
+        _ordered(ordered, _run_rows(ordered), as_json)
+
+
+def _run_rows(comparison: Comparison | OrderedComparisons) -> list[dict[str, Any]]:
+    """Make every row, or what is missing of them, telling of each."""
     rows = []
     with progress_bar() as progress:
         for row in comparison.run(progress):
             rows.append(row)
             shares = "  ".join(f"{name} {_number(row[name]['generated'])}" for name in _NAMES[:3])
-            log(f"{row['method']}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
+            order = row["made"]["order_seed"]
+            told = row["method"] if order is None else f"{row['method']}, order {order}"
+            log(f"{told}, {row['edits']} edits: {shares}  perplexity {_number(row['perplexity'])}")
+    return rows
+
+
+def _show_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """A table of rows of comparisons; with the spread over orders where rows have one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("method", "edits", *_NAMES[:3], "perplexity", "s/edit"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+
+    def share(score: dict[str, Any]) -> str:
+        spread = score.get("spread")
+        told = _number(score["generated"]) + ("" if spread is None else f" ± {spread:.3f}")
+        return f"{told} ({_number(score['teacher_forced'])})"
+
+    for row in rows:
+        ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
+        table.add_row(*plain(row["method"], str(row["edits"]), *(share(row[name]) for name in _NAMES[:3]), *ends))
+    Console().print(table)
+
+
+def _say_differences(differences: dict[str, list[dict[str, Any]]]) -> None:
+    for name, pairs in differences.items():
+        alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
+        beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
+        words = [f"better than {', '.join(beaten)}"] if beaten else []
+        words += [f"not told apart from {', '.join(alike)}"] if alike else []
+        print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+
+
+def _say_horizons(horizons: dict[str, dict[str, Any]], where: str = "") -> None:
+    from errata.evaluation import HORIZON
+
+    told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
+    print(f"edits until reliability falls under {HORIZON}{where}: {', '.join(told)}")
+
+
+def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool) -> None:
     for name, count in comparison.stopped.items():
-        log(f"{name} stopped at {count} edits: reliability is below {stop_below:g} (--stop-below 0 goes on)")
+        below = f"reliability is below {comparison.stop_below:g} (--stop-below 0 goes on)"
+        log(f"{name} stopped at {count} edits: {below}")
     chosen = comparison.chosen(rows)
     horizons, differences = comparison.horizons(chosen), comparison.differences(chosen)
-    figure = out / "comparison.png"
+    drifts, collapses = comparison.drifts(chosen), comparison.collapses(chosen)
+    figure = comparison.folder / "comparison.png"
 
     def words() -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title="all edits asked after the last one; generated (teacher-forced)")
-        for column in ("method", "edits", *_NAMES[:3], "perplexity", "s/edit"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for row in chosen:
-            cells = [f"{_number(row[n]['generated'])} ({_number(row[n]['teacher_forced'])})" for n in _NAMES[:3]]
-            ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))
-            table.add_row(*plain(row["method"], str(row["edits"]), *cells, *ends))
-        Console().print(table)
-        told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
-        print(f"edits until reliability falls under {HORIZON}: {', '.join(told)}")
+        _show_rows(chosen, "all edits asked after the last one; generated (teacher-forced)")
+        _say_horizons(horizons)
+        if drifts:
+            told = [f"{name} {drift:.3f}" for name, drift in drifts.items()]
+            print(f"locality lost per hundred edits: {', '.join(told)}")
+        for name, count in collapses.items():
+            if count is not None:
+                print(f"{name} has collapsed at {count} edits: perplexity above ten times the unedited model's")
         base = next(row["perplexity"] for row in chosen if row["method"] == "unedited")
-        for name in names:
+        for name in comparison.methods:
             last = next((row for row in reversed(chosen) if row["method"] == name), None)
             if last is not None and "collapse" in last["guard"]:
                 now = last.get("guard_perplexity", {}).get("collapse")
                 times = f", perplexity × {now / base:.2f} there" if now and base else ""
                 print(f"{name}: the guard calls a collapse at {last['guard']['collapse']} edits{times}")
-        for name, pairs in differences.items():
-            alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
-            beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
-            words = [f"better than {', '.join(beaten)}"] if beaten else []
-            words += [f"not told apart from {', '.join(alike)}"] if alike else []
-            print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+        _say_differences(differences)
         print(f"figure: {figure}")
 
     record = {
-        "model": model.model_id,
+        "model": comparison.model.model_id,
         "rows": chosen,
         "horizons": horizons,
         "differences": differences,
+        "locality_drift": drifts,
+        "collapse_point": collapses,
         "stopped": comparison.stopped,
         "figure": str(figure),
-        "folder": str(out),
+        "folder": str(comparison.folder),
         "notes": list(comparison.notes),
         "provenance": comparison.provenance,
+    }
+    emit(record, as_json, words)
+
+
+def _ordered(ordered: OrderedComparisons, rows: list[dict[str, Any]], as_json: bool) -> None:
+    chosen, means, differences = ordered.chosen(rows), ordered.means(rows), ordered.differences()
+    figure = ordered.folder / "comparison.png"
+    per_order: dict[str, dict[str, Any]] = {}
+    for seed, comparison in ordered.comparisons.items():
+        own = [row for row in chosen if row["made"]["order_seed"] == seed]
+        per_order[str(seed)] = {
+            "horizons": comparison.horizons(own),
+            "locality_drift": comparison.drifts(own),
+            "collapse_point": comparison.collapses(own),
+            "stopped": comparison.stopped,
+        }
+
+    def words() -> None:
+        count = len(ordered.comparisons)
+        title = f"means over {count} orders of the same edits ± standard deviation; generated (teacher-forced)"
+        _show_rows(means, title)
+        for seed, found in per_order.items():
+            _say_horizons(found["horizons"], f" in order {seed}")
+            for name, edits in found["collapse_point"].items():
+                if edits is not None:
+                    print(f"{name} has collapsed at {edits} edits in order {seed}")
+        _say_differences(differences)
+        print(f"figure: {figure} (bands: range over the orders)")
+
+    record = {
+        "model": ordered.first.model.model_id,
+        "rows": chosen,
+        "means": means,
+        "orders": per_order,
+        "differences": differences,
+        "figure": str(figure),
+        "folder": str(ordered.folder),
+        "notes": list(ordered.first.notes),
+        "provenance": ordered.first.provenance,
+    }
+    emit(record, as_json, words)
+
+
+def table(folders: Sequence[Path], allow_mixed: bool, figure: Path | None, as_json: bool) -> None:
+    from errata.evaluation.figures import comparison_figure, save_figure
+    from errata.evaluation.joining import join_comparisons
+
+    joined = join_comparisons(folders, allow_mixed=allow_mixed)
+    if figure is not None:
+        save_figure(comparison_figure(joined.rows), figure)
+
+    def words() -> None:
+        _show_rows(joined.rows, "generated (teacher-forced)")
+        for kind, found in (("differs", joined.differs), ("seeds", joined.seeds)):
+            for key, values in found.items():
+                told = ", ".join(f"{value} in {name}" for name, value in values.items())
+                print(f"{'not alike: ' if kind == 'differs' else ''}{key.replace('_', ' ')}: {told}")
+        if figure is not None:
+            print(f"figure: {figure}")
+
+    record = {
+        "rows": joined.rows,
+        "differs": joined.differs,
+        "seeds": joined.seeds,
+        "figure": None if figure is None else str(figure),
     }
     emit(record, as_json, words)
 

@@ -3,8 +3,9 @@
 A case has one to four rewrites (`requested_rewrite`, a list), three multi-hop `questions` with `new_answer`, and the
 single hops of the new chain (`new_single_hops`). Each rewrite becomes an edit, whose question is a rephrase. What the
 case asks stands at its last edit, because only then is all of it written: the multi-hop questions in the portability
-("multi_hop"), and the hops that no rewrite of the case touches in the locality ("single_hop", their answers stay). A
-run that is asked between two edits of a case thus never asks a question that cannot be answered yet.
+("multi_hop", the wordings of one question, in one group), and the hops that no rewrite of the case touches in the
+locality ("single_hop", their answers stay). A run that is asked between two edits of a case thus never asks a
+question that cannot be answered yet.
 
 Every edit has the case's number (`case_id`) and its own rewrite in `extra`; the rest of the case, such as the two
 chains, is kept at its last edit. The cases are independent: two of them may rewrite one fact differently, which is
@@ -45,7 +46,9 @@ def read(record: dict[str, Any]) -> list[Edit]:
         raise FieldProblem("requested_rewrite", "is empty", "give at least one rewrite")
     case = record.get("case_id")
     answer, aliases = required(record, "new_answer", str), texts(record, "new_answer_alias")
-    multi_hop = [probe(question, answer, "multi_hop", aliases) for question in texts(record, "questions")]
+    multi_hop = [
+        probe(question, answer, "multi_hop", aliases, group="multi_hop") for question in texts(record, "questions")
+    ]
     edits = []
     touched = set()
     for number, value in enumerate(rewrites):

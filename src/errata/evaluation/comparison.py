@@ -2,7 +2,8 @@
 
 A comparison lives in a folder: in `comparison.json` how it is made, in `rows.jsonl` its finished rows, and per method
 its adapter and everything that was said (`answers-N.jsonl`) at every checkpoint, and its counters at the last. A run
-that was killed goes on from there; no finished row is made again.
+that was killed goes on from there; no finished row is made again. Each row says how it was made (`made`), so that rows
+of several folders can be put side by side (`errata.evaluation.joining`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from errata.editors import Editor, EditorConfig, editor_class, method_of
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.controls import no_op_control, random_control
 from errata.evaluation.figures import comparison_figure, save_figure
+from errata.evaluation.lifelong import collapse_point, locality_drift
 from errata.evaluation.metrics import finite_or_none, held_until
 from errata.evaluation.protocol import Examination, Result, run_sequence
 from errata.evaluation.provenance import run_provenance
@@ -50,6 +53,7 @@ class Comparison:
         settings: per method, as it is named in `methods`, settings that differ from the default.
         controls: also run no-op edits and random content for each method, at the last checkpoint.
         stop_below: a run whose reliability (generated) has fallen below this share is not gone on with.
+        order_seed: by which the edits were put into their order, None for the order they came in; kept with the rows.
 
     Attributes:
         notes: what differs from what was asked for, in words.
@@ -74,9 +78,10 @@ class Comparison:
         controls: bool = True,
         max_new_tokens: int = 32,
         stop_below: float = 0.0,
+        order_seed: int | None = None,
     ) -> None:
         self.model, self.methods, self.notes = model, list(dict.fromkeys(methods)), list[str]()
-        self.stop_below = stop_below
+        self.stop_below, self.order_seed = stop_below, order_seed
         self.checkpoints = self._reachable(checkpoints, len(edits))
         self.edits = list(edits[: self.checkpoints[-1]])
         self.folder, self.texts, self.controls = folder, list(texts), controls
@@ -109,13 +114,19 @@ class Comparison:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for the folder's rows to be this comparison's."""
-        made = {name: self.provenance[name] for name in ("errata", "protocol", "fingerprint", "dtype")}
+        made = {name: self.provenance[name] for name in ("errata", "protocol", "fingerprint", "tokenizer", "dtype")}
         return {
             **made,
             "device": self.model.device.type,
             "max_new_tokens": self.examination.max_new_tokens,
             "texts": digest("\x1f".join(self.texts)),
         }
+
+    def _keep(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Append a finished row, with how it was made."""
+        config = self.configs.get(row["of"])
+        seeds = {"seed": None if config is None else config.to_record()["seed"], "order_seed": self.order_seed}
+        return self._rows.append({**row, "made": {**self._identity(), **seeds}})
 
     def _open(self) -> list[dict[str, Any]]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +213,27 @@ class Comparison:
                 found[method] = {"edits": edits, "fell": fell}
         return found
 
+    def drifts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Per run, locality (generated) lost per hundred edits: the slope over its checkpoints. Left out are runs with
+        fewer than two checkpoints that asked for locality."""
+        found: dict[str, float] = {}
+        for method in self.methods:
+            own = [row for row in rows if row["method"] == method and row["locality"]["generated"] is not None]
+            if len(own) > 1:
+                found[method] = locality_drift([(row["edits"], row["locality"]["generated"]) for row in own])
+        return found
+
+    def collapses(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+        """Per run, the first checkpoint with a perplexity above ten times the unedited model's, None where there is
+        none. Empty where no text was given, or the unedited model has no perplexity itself."""
+        base = next((row["perplexity"] for row in rows if row["method"] == "unedited"), None)
+        if not self.texts or base is None:
+            return {}
+        # A row holds None for a perplexity that is no finite number.
+        read = [(r["method"], r["edits"], math.inf if r["perplexity"] is None else r["perplexity"]) for r in rows]
+        by_run = {method: {edits: value for name, edits, value in read if name == method} for method in self.methods}
+        return {method: collapse_point(values, base=base) for method, values in by_run.items() if values}
+
     def differences(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """Per property, the best run against every other, paired over edits, at the last checkpoint that all reached.
 
@@ -210,11 +242,11 @@ class Comparison:
         """
         reached = [{row["edits"] for row in rows if row["method"] == method} for method in self.methods]
         shared = set.intersection(*reached) if len(reached) > 1 else set[int]()
-        if not shared or not all(self._answers(method, max(shared)).is_file() for method in self.methods):
+        if not shared or not self.has_answers(max(shared)):
             return {}
         found: dict[str, list[dict[str, Any]]] = {}
         for name in ("reliability", "generalization", "locality"):
-            scores = {method: self._per_edit(method, max(shared), name) for method in self.methods}
+            scores = {method: list(self.per_edit(method, max(shared), name).values()) for method in self.methods}
             if all(scores.values()):
                 best = max(scores, key=lambda method: sum(scores[method]))
                 found[name] = [
@@ -222,14 +254,24 @@ class Comparison:
                 ]
         return found
 
+    def has_answers(self, edits: int) -> bool:
+        """Whether what every run said at a checkpoint is kept."""
+        return all(self._answers(method, edits).is_file() for method in self.methods)
+
     def _answers(self, method: str, edits: int) -> Path:
         return self.folder / method / f"answers-{edits}.jsonl"
 
-    def _per_edit(self, method: str, edits: int, name: str) -> list[float]:
-        """A property of every edit that was asked about it, generated."""
-        lines = RowFile(self._answers(method, edits), {"id", name}).read()
-        asked = [[triple[0] for triple in line[name]] for line in lines if line[name]]
-        return [sum(values) / len(values) for values in asked]
+    def per_edit(self, method: str, edits: int, name: str) -> dict[str, float]:
+        """A property, generated, of every edit that was asked about it at a finished checkpoint, by the edit's id.
+
+        Where several edits have one id, the later ones' keys have their place behind it.
+        """
+        found: dict[str, float] = {}
+        for number, line in enumerate(RowFile(self._answers(method, edits), {"id", name}).read()):
+            if values := [mark[0] for mark in line[name]]:
+                key = f"{line['id']} {number}" if line["id"] in found else line["id"]
+                found[key] = sum(values) / len(values)
+        return found
 
     def _editor(self, method: str, adapter: Adapter | None = None) -> Editor[Any]:
         made: Editor[Any] = editor_class(method_of(method))(self.model, self.configs[method], adapter=adapter)
@@ -243,7 +285,7 @@ class Comparison:
         perplexity = finite_or_none(self.model.perplexity(self.texts)) if self.texts else None
         for count in missing:
             row = {"method": "unedited", "of": "unedited", "baseline": True, **Result(asked[:count]).to_record()}
-            yield self._rows.append({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
+            yield self._keep({**row, "edits": count, "perplexity": perplexity, "seconds_per_edit": 0.0})
 
     def _method(self, method: str, done: set[tuple[str, int]], progress: Progress) -> Iterator[dict[str, Any]]:
         missing = [c for c in self.checkpoints if (method, c) not in done and c <= self._fallen.get(method, c)]
@@ -264,7 +306,7 @@ class Comparison:
                 write_lines(self._answers(method, checkpoint.edits), (a.to_record() for a in checkpoint.result.asked))
                 row = {"method": method, "of": method, "baseline": False, **checkpoint.to_record()}
                 if (method, checkpoint.edits) not in done:
-                    yield self._rows.append({**row, "memory_version": editor.adapter.memory_version})
+                    yield self._keep({**row, "memory_version": editor.adapter.memory_version})
                 write_json(place / "state.json", after)
                 if self._note_fall(row):
                     return
@@ -306,11 +348,11 @@ class Comparison:
                 control = random_control(adapter, self.examination, self.texts, progress=progress)
             finally:
                 adapter.detach()
-            yield self._rows.append(self._control_row(control.to_record(), method))
+            yield self._keep(self._control_row(control.to_record(), method))
         if (no_op, last) not in done:
             editor = self._editor(method)
             control = no_op_control(editor, self.examination, self.texts, progress)
-            yield self._rows.append(self._control_row(control.to_record(), method))
+            yield self._keep(self._control_row(control.to_record(), method))
 
     def _control_row(self, record: dict[str, Any], method: str) -> dict[str, Any]:
         name, last = record.pop("name"), self.checkpoints[-1]

@@ -3,7 +3,8 @@
 Two ways of asking are always kept apart:
 
 * **generated**: the model is given the prompt alone and writes greedily; nothing of the target, not even its length,
-  is shown. Scored *exact* (the answer it gives is the target) and *contains* (the target occurs in what it writes).
+  is shown. Scored *exact* (the answer it gives is the target), *contains* (the target occurs in what it writes) and
+  *F1* (how many of its words are the target's, and of the target's words are there).
 * **teacher_forced**: the model is shown the target's own beginning at every place; scored as the share of tokens
   that are its first choice. Comparable with papers, and flattering (2502.11177).
 """
@@ -34,11 +35,13 @@ __all__ = [
     "same_text",
     "token_accuracy",
     "token_f1",
+    "wilson_interval",
 ]
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _OPERATORS = frozenset("+-*/<>=%")
+_Z = 1.959963984540054  # of 95 %, both sides
 _CLAUSE_END = re.compile(r"[.!?](?=\s|$|[\"')\]])|\n")
 # One or two letters before a full stop: an initial ("J. K. Rowling") or an abbreviation ("St. Gallen").
 _SHORT_WORD = re.compile(r"(?:^|[\W_])([^\W\d_]{1,2})$")
@@ -177,6 +180,25 @@ def bootstrap_clusters(
     return Measure(mean, float(low), float(high), len(values))
 
 
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): right at the edges too, where 100 of 100 is not "1.0 ± 0".
+
+    Returns:
+        (0, 1) where nothing was asked.
+
+    Raises:
+        ValueError: more successes than trials, or fewer than none.
+    """
+    if not 0 <= successes <= count:
+        raise ValueError(f"{successes} successes of {count} trials")
+    if not count:
+        return 0.0, 1.0
+    share, square = successes / count, _Z * _Z / count
+    middle = share + square / 2
+    spread = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, (middle - spread) / (1 + square)), min(1.0, (middle + spread) / (1 + square))
+
+
 def finite_or_none(value: float | None) -> float | None:
     """The number as JSON can hold it: None for NaN and infinity, such as the perplexity of a collapsed model."""
     return value if value is not None and math.isfinite(value) else None
@@ -188,15 +210,29 @@ def _rounded(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Score:
-    """One property measured both ways. Means are taken per edit first, then over edits."""
+    """One property measured in every way. Means are taken per edit first, then over edits.
+
+    Attributes:
+        f1: of the words that were generated.
+        wilson: 95 % interval of `generated` as a share of edits, where each of them was right or wrong: always so for
+            reliability, else where every edit has one prompt of that property; None for means of several prompts.
+    """
 
     generated: Measure
     contains: Measure
     teacher_forced: Measure
+    f1: Measure
+    wilson: tuple[float, float] | None
 
     @classmethod
-    def of(cls, generated: Sequence[float], contained: Sequence[float], forced: Sequence[float]) -> Score:
-        return cls(bootstrap_mean(generated), bootstrap_mean(contained), bootstrap_mean(forced))
+    def of(
+        cls, generated: Sequence[float], contained: Sequence[float], forced: Sequence[float], f1: Sequence[float]
+    ) -> Score:
+        """From one value per edit in each way."""
+        is_share = bool(generated) and set(generated) <= {0.0, 1.0}
+        wilson = wilson_interval(sum(generated), len(generated)) if is_share else None
+        means = [bootstrap_mean(values) for values in (generated, contained, forced, f1)]
+        return cls(means[0], means[1], means[2], means[3], wilson)
 
     def to_record(self) -> dict[str, float | list[float | None] | int | None]:
         """JSON: null where nothing was asked."""
@@ -204,7 +240,9 @@ class Score:
             "generated": _rounded(self.generated.value),
             "teacher_forced": _rounded(self.teacher_forced.value),
             "contains": _rounded(self.contains.value),
+            "f1": _rounded(self.f1.value),
             "generated_interval": [_rounded(self.generated.low), _rounded(self.generated.high)],
+            "wilson_interval": None if self.wilson is None else [_rounded(edge) for edge in self.wilson],
             "edits": self.generated.count,
         }
 

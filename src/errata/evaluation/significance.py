@@ -1,4 +1,4 @@
-"""Whether one method is really better than another: intervals of shares, tests on pairs, many comparisons at once.
+"""Whether one method is really better than another: tests on pairs, many comparisons at once.
 
 Methods are compared on the same edits, so every test here is paired: what one edit does under both of them. Pure
 functions over numbers.
@@ -10,33 +10,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from errata.evaluation.metrics import bootstrap_mean
 
-__all__ = ["Difference", "compare_methods", "holm", "mcnemar", "sign_flip_test", "wilson_interval"]
-
-_Z = 1.959963984540054  # of 95 %, both sides
-
-
-def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): right at the edges too, where 100 of 100 is not "1.0 ± 0".
-
-    Returns:
-        (0, 1) where nothing was asked.
-
-    Raises:
-        ValueError: more successes than trials, or fewer than none.
-    """
-    if not 0 <= successes <= count:
-        raise ValueError(f"{successes} successes of {count} trials")
-    if not count:
-        return 0.0, 1.0
-    share, square = successes / count, _Z * _Z / count
-    middle = share + square / 2
-    spread = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return max(0.0, (middle - spread) / (1 + square)), min(1.0, (middle + spread) / (1 + square))
+__all__ = ["Difference", "cohen_kappa", "compare_methods", "holm", "mcnemar", "sign_flip_test"]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -51,6 +31,20 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(apart, k) for k in range(min(ours, theirs) + 1)) / 2**apart
     return float(min(1.0, 2 * tail))
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Agreement of two raters beyond chance (Cohen 1960), (p_o − p_e) / (1 − p_e): 1 is always, 0 as by chance.
+
+    NaN where nothing was rated, and where chance alone agrees always, since both say the same one thing throughout.
+    """
+    pairs = list(zip(first, second, strict=True))
+    if not pairs:
+        return math.nan
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    ours, theirs = (sum(pair[rater] for pair in pairs) / len(pairs) for rater in range(2))
+    chance = ours * theirs + (1 - ours) * (1 - theirs)
+    return math.nan if chance == 1 else (observed - chance) / (1 - chance)
 
 
 def sign_flip_test(differences: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> float:
@@ -92,6 +86,7 @@ class Difference:
     Attributes:
         difference: mean of the first less mean of the second; low, high: its 95 % bootstrap interval over edits.
         p: of the paired test; adjusted_p: for all comparisons that were made together.
+        test: McNemar's exact one where every edit is right or wrong under both methods, else the permutation test.
     """
 
     first: str
@@ -101,6 +96,7 @@ class Difference:
     high: float
     p: float
     adjusted_p: float
+    test: Literal["mcnemar", "permutation"]
 
     def to_record(self) -> dict[str, float | str]:
         return dict(vars(self))
@@ -120,12 +116,22 @@ def compare_methods(
     pairs = list(itertools.combinations(scores, 2))
     if against is not None:
         pairs = [(against, other) for other in scores if other != against]
-    found = []
+    measures, tests = [], []
     for first, second in pairs:
-        differences = [a - b for a, b in zip(scores[first], scores[second], strict=True)]
-        found.append((bootstrap_mean(differences, seed=seed), sign_flip_test(differences, seed=seed)))
-    adjusted = holm([p for _, p in found])
+        ours, theirs = scores[first], scores[second]
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        measures.append(bootstrap_mean(differences, seed=seed))
+        tests.append(_paired_test(ours, theirs, differences, seed))
+    adjusted = holm([p for p, _ in tests])
     return [
-        Difference(first, second, measure.value, measure.low, measure.high, p, corrected)
-        for (first, second), (measure, p), corrected in zip(pairs, found, adjusted, strict=True)
+        Difference(first, second, measure.value, measure.low, measure.high, p, corrected, test)
+        for (first, second), measure, (p, test), corrected in zip(pairs, measures, tests, adjusted, strict=True)
     ]
+
+
+def _paired_test(
+    first: Sequence[float], second: Sequence[float], differences: Sequence[float], seed: int
+) -> tuple[float, Literal["mcnemar", "permutation"]]:
+    if {*first, *second} <= {0.0, 1.0}:
+        return mcnemar([bool(a) for a in first], [bool(b) for b in second]), "mcnemar"
+    return sign_flip_test(differences, seed=seed), "permutation"

@@ -173,6 +173,24 @@ _STUDIES = (
         "four methods, 10 edits each of at most 40 words; 10 minutes",
         "errata.studies.texts:temporal",
     ),
+    Study(
+        "halluedit",
+        "Do edits of what this model gets wrong hold in five dimensions, also when the answer is doubted?",
+        "six methods, 50 edits each; MINUTES minutes",
+        "errata.studies.halluedit:halluedit",
+    ),
+    Study(
+        "evoke",
+        "Does an edited model say the new answer where it does not belong?",
+        "five methods, 50 edits each, every one made alone; MINUTES minutes",
+        "errata.studies.evoke:evoke",
+    ),
+    Study(
+        "should-we-edit",
+        "How many edits do a model's general abilities survive?",
+        "five methods, 100 edits each, six capabilities asked at 1, 10, 50 and 100; MINUTES minutes",
+        "errata.studies.abilities:abilities",
+    ),
 )
 
 

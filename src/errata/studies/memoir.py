@@ -108,8 +108,8 @@ def sanity(bench: Workbench) -> StudyResult:
             "before": examination.base_answer(seen.edit.prompt).strip(),
             "after": seen.said[seen.edit.prompt].strip(),
             "reliability": seen.reliability[0][0],
-            "generalization": share([triple[0] for triple in seen.generalization]),
-            "locality": share([triple[0] for triple in seen.locality]),
+            "generalization": share([mark[0] for mark in seen.generalization]),
+            "locality": share([mark[0] for mark in seen.locality]),
             "own_overlap": own.score,
         }
         for seen, own in zip(result.asked, (one for one in points if one.kind == "own"), strict=True)
