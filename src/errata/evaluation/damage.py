@@ -20,7 +20,7 @@ from errata.evaluation.metrics import bootstrap_mean, finite_or_none
 from errata.evaluation.significance import holm, sign_flip_test
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["Damage", "TaskDamage", "measure_damage"]
+__all__ = ["Damage", "TaskDamage", "firing_share", "measure_damage"]
 
 _TEXTS = 200  # of each domain, on which it is seen how often an adapter acts
 
@@ -115,11 +115,7 @@ def measure_damage(
     with adapter.detached():
         before, read_before = tasks_now(), perplexities()
     after, read_after = tasks_now(), perplexities()
-    fires = {}
-    if not adapter.changes_weights:
-        for domain, some in texts.items():
-            explained = adapter.explain(list(some)[:_TEXTS])
-            fires[domain] = sum(one.fires for one in explained) / len(explained) if explained else math.nan
+    fires = {} if adapter.changes_weights else {domain: firing_share(adapter, some) for domain, some in texts.items()}
     return Damage(
         len(adapter.edits()),
         _compared(before, after),
@@ -127,6 +123,12 @@ def measure_damage(
         [dict(vars(change)) for change in adapter.layer_changes(model)],
         fires,
     )
+
+
+def firing_share(adapter: Adapter, texts: Sequence[str]) -> float:
+    """Share of the first texts on which a routed adapter acts; NaN for no texts."""
+    explained = adapter.explain(list(texts)[:_TEXTS])
+    return sum(one.fires for one in explained) / len(explained) if explained else math.nan
 
 
 def _compared(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> list[TaskDamage]:

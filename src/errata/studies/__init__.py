@@ -138,6 +138,12 @@ _STUDIES = (
         "errata.studies.weights:singles",
     ),
     Study(
+        "dual-facets",
+        "What does a sequence of edits do to everything else the model can do, and why?",
+        "seven methods, 100 edits each, examined at 1, 5, 10, 20, 50 and 100, and what mitigates; not timed yet",
+        "errata.studies.dual_facets:dual_facets",
+    ),
+    Study(
         "mirage",
         "By how much does teacher forcing flatter what a model answers by itself?",
         "all methods, 50 edits each; not timed yet, by the times of the other studies some 20 minutes",
