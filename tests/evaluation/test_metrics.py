@@ -125,14 +125,16 @@ def test_bootstrap_intervals() -> None:
 
 
 def test_a_score_of_nothing_is_null_in_json() -> None:
-    record = Score.of([], [], []).to_record()
+    record = Score.of([], [], [], []).to_record()
     assert record["generated"] is None
     assert record["generated_interval"] == [None, None]
-    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5]).to_record() | {"generated_interval": None} == {
+    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5], [0.5, 0.0]).to_record() | {"generated_interval": None} == {
         "generated": 0.5,
         "contains": 1.0,
         "teacher_forced": 0.75,
+        "f1": 0.25,
         "generated_interval": None,
+        "wilson_interval": [0.094531, 0.905469],  # Wilson 1927: 1 of 2
         "edits": 2,
     }
 
@@ -152,11 +154,11 @@ def test_numbers_that_json_cannot_hold_become_null() -> None:
 
 def test_kinds_of_probes_are_averaged_per_edit_first() -> None:
     """One edit with three probes that changed weighs no more than one with a single probe that did not."""
-    right, wrong = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    right, wrong = (1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0)
 
-    def asked(triples: list[tuple[float, float, float]]) -> AskedEdit:
-        probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(triples)))
-        return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], triples, [], {})
+    def asked(marks: list[tuple[float, float, float, float]]) -> AskedEdit:
+        probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(marks)))
+        return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], marks, [], {})
 
     score = Result([asked([wrong, wrong, wrong]), asked([right])]).by_kind("locality")["unrelated"]
     assert (score.generated.value, score.generated.count) == (0.5, 2)

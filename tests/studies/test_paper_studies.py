@@ -91,6 +91,30 @@ def test_every_turn_shows_what_was_said_before(monkeypatch: pytest.MonkeyPatch, 
     assert [texts[1] for texts in asked] == ["Bob b", "Bob b b1. Sure? Bob b", "Bob b b1. Sure? Bob b b2. Sure? Bob b"]
 
 
+def test_whether_the_own_edit_still_fires_is_asked_of_routers_alone(
+    run: Callable[..., StudyResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memoir = {"relative_threshold": 0.6, "steps": 25, "contexts": 1, "background": 4, "pooling": "mean"}
+    found = run("halluedit", edits=2, methods=("ft", "memoir"), settings={"ft": FT, "memoir": memoir})
+    alike, routed = found.rows
+    assert alike["own_edit_fires"] is None
+    assert 0 <= routed["own_edit_fires"] <= 1
+    adapter = type("Router", (), {"explain": lambda _, texts: [_Fired("Rome" in text) for text in texts]})()
+    said = [["Rome. ", "x"], ["Paris.", "x"], ["Rome", "x"], ["x", "x"]]
+    edits = [edit.model_copy(update={"id": "own"}) for edit in EDITS]
+    assert halluedit._still_fires(adapter, edits, said, 1) == 0.5
+    edits[0] = edits[0].model_copy(update={"id": "other"})
+    assert halluedit._still_fires(adapter, edits, said, 1) == 0.25
+    assert halluedit._still_fires(adapter, edits, said, 0) == 0.0
+
+
+class _Fired:
+    edit_id = "own"
+
+    def __init__(self, fires: bool) -> None:
+        self.fires = fires
+
+
 def test_doubts_in_a_batch_equal_one_at_a_time(model: EditableModel) -> None:
     prompts = ["The capital of France", "Ann"]
     together = challenged(model, prompts, turns=2, max_new_tokens=3)

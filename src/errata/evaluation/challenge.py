@@ -10,9 +10,21 @@ from collections.abc import Sequence
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["DOUBT", "challenged"]
+__all__ = ["DOUBT", "challenged", "shown_at"]
 
 DOUBT = "Are you sure? Think again."
+
+
+def shown_at(prompt: str, said: Sequence[str], turn: int, doubt: str = DOUBT) -> str:
+    """What a model is given at a turn: the prompt, and for every turn before it the answer, the doubt, the prompt.
+
+    Args:
+        said: the answers of the turns before, at least.
+    """
+    shown = prompt
+    for answer in said[:turn]:
+        shown = f"{shown}{answer.rstrip()} {doubt} {prompt}"
+    return shown
 
 
 def challenged(
@@ -30,15 +42,12 @@ def challenged(
     Plain text, whatever the model: the prompt, what it answered, the doubt, and the prompt again. The model's own
     answers stand in front of it, so it can stay with one by repeating it.
     """
-    shown = list(prompts)
     answers: list[list[str]] = [[] for _ in prompts]
     progress.start("asking whether it is sure", 1 + turns)
     for turn in range(1 + turns):
-        if turn:
-            shown = [f"{text} {doubt} {prompt}" for text, prompt in zip(shown, prompts, strict=True)]
+        shown = [shown_at(prompt, own, turn, doubt) for prompt, own in zip(prompts, answers, strict=True)]
         said = model.generate(shown, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
         for own, text in zip(answers, said, strict=True):
             own.append(text)
-        shown = [before + text.rstrip() for before, text in zip(shown, said, strict=True)]
         progress.advance()
     return answers

@@ -182,19 +182,19 @@ _STUDIES = (
     Study(
         "halluedit",
         "Do edits of what this model gets wrong hold in five dimensions, also when the answer is doubted?",
-        "six methods, 50 edits each; MINUTES minutes",
+        "six methods, 50 edits each; 7 minutes",
         "errata.studies.halluedit:halluedit",
     ),
     Study(
         "evoke",
         "Does an edited model say the new answer where it does not belong?",
-        "five methods, 50 edits each, every one made alone; MINUTES minutes",
+        "five methods, 50 edits each, every one made alone; 3 minutes",
         "errata.studies.evoke:evoke",
     ),
     Study(
         "should-we-edit",
         "How many edits do a model's general abilities survive?",
-        "five methods, 100 edits each, six capabilities asked at 1, 10, 50 and 100; MINUTES minutes",
+        "five methods, 100 edits each, six capabilities asked at 20, 50 and 100; 9 minutes",
         "errata.studies.abilities:abilities",
     ),
 )

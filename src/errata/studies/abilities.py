@@ -22,7 +22,7 @@ from errata.studies.workbench import Arm, Published, StudyResult, Workbench, cel
 __all__ = ["abilities"]
 
 _METHODS = ("ft", "rome", "memit", "grace", "memoir")
-_CHECKPOINTS = (1, 10, 50, 100)
+_CHECKPOINTS = (20, 50, 100)
 _HELD = 0.9  # of the unedited accuracy, mean over capabilities
 _SOURCE = "Should We Really Edit Language Models? (2410.18785), CounterFact, one edit after the other"
 _TASKS = ("MMLU", "GSM8K", "BBH", "CommonsenseQA")

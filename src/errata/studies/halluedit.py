@@ -10,10 +10,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from errata.adapters import Adapter
 from errata.edit import Edit
 from errata.errors import ConfigError
 from errata.evaluation import Result
-from errata.evaluation.challenge import DOUBT, challenged
+from errata.evaluation.challenge import DOUBT, challenged, shown_at
 from errata.evaluation.metrics import answers_exactly, best_answer
 from errata.evaluation.wrong_facts import find_wrong_facts
 from errata.studies.figures import dots
@@ -38,7 +39,9 @@ def halluedit(bench: Workbench) -> StudyResult:
     for name in names:
         arm = bench.arm(name)
         make = functools.partial(_edited, bench, arm, edits, turns)
-        rows.append({**arm.label, **bench.row(arm, edits, {"five dimensions": turns, "doubt": DOUBT}, make)})
+        rows.append(
+            {**arm.label, **bench.row(arm, edits, {"five dimensions and what fires": turns, "doubt": DOUBT}, make)}
+        )
     if known:
         said = challenged(bench.model, [prompt for prompt, _ in known], turns=turns, progress=bench.progress)
         right = [
@@ -58,11 +61,12 @@ def halluedit(bench: Workbench) -> StudyResult:
         "one after the other into one model, where the paper edits one fact at a time; right is exact match, where the "
         "paper asks a judge",
         f"robustness: mean over {turns} turns, each with what was said before and '{DOUBT}' in front of the question",
+        f"own_edit_fires: of methods with a router, the share of prompts that reach their own edit at turn {turns}",
     ]
     shown = [row for row in rows if row["method"] in names]
     return bench.result(
         found=found,
-        columns=("method", *_DIMENSIONS, "turn_1", f"turn_{turns}", "portability_contains"),
+        columns=("method", *_DIMENSIONS, "turn_1", f"turn_{turns}", "own_edit_fires"),
         rows=rows,
         figure=dots(shown, "method", found, panels=_asked(shown), names=_NAMES),
     )
@@ -120,11 +124,19 @@ def _edited(bench: Workbench, arm: Any, edits: Sequence[Edit], turns: int) -> di
     with bench.edited(arm, edits, [len(edits)]) as adapter:
         result = bench.examination(edits, adapter).ask(progress=bench.progress)
         said = challenged(bench.model, [edit.prompt for edit in edits], turns=turns, progress=bench.progress)
+        fires = None if bench.model.treats_rows_alike else _still_fires(adapter, edits, said, turns)
     right = [
         [bool(best_answer(answers_exactly, text, (edit.target, *edit.aliases))) for text in own]
         for own, edit in zip(said, edits, strict=True)
     ]
-    return {"edits": len(edits), **_dimensions(result), **_doubted(right)}
+    return {"edits": len(edits), **_dimensions(result), **_doubted(right), "own_edit_fires": fires}
+
+
+def _still_fires(adapter: Adapter, edits: Sequence[Edit], said: Sequence[Sequence[str]], turns: int) -> float:
+    """Of a routed adapter, the share of prompts at the last turn that still reach their own edit."""
+    shown = [shown_at(edit.prompt, own, turns) for edit, own in zip(edits, said, strict=True)]
+    found = zip(adapter.explain(shown), edits, strict=True)
+    return sum(one.fires and one.edit_id == edit.id for one, edit in found) / len(edits)
 
 
 def _dimensions(result: Result) -> dict[str, Any]:
