@@ -19,7 +19,7 @@ from errata.evaluation.protocol import AskedEdit
 from errata.evaluation.rankings import rank_answers
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS
-from errata.studies import abilities, halluedit, study
+from errata.studies import abilities, dual_facets, halluedit, study
 from errata.studies.workbench import StudyOptions, StudyResult, Workbench
 from errata.testing import tiny_model
 
@@ -292,3 +292,55 @@ def test_a_model_without_abilities_has_none_to_lose(
     monkeypatch.setattr(abilities, "examine_capabilities", lambda *_, **__: {"code": {"accuracy": 0.0}})
     with pytest.raises(ConfigError, match="none of atlas's capabilities"):
         run("should-we-edit")
+
+
+# --- dual facets ----------------------------------------------------------------------------------------------------
+
+
+def test_every_state_is_compared_with_the_unedited_model_item_by_item(
+    run: Callable[..., StudyResult], no_more_edits: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examined(bench: Workbench, adapter: Any) -> dict[str, Any]:
+        # Each edit that is held costs one of four items of every capability.
+        held = 0 if adapter is None else len(adapter.edits())
+        bits = "0" * held + "1" * (4 - held)
+        return {
+            "right": dict.fromkeys(dual_facets.CAPABILITIES, bits),
+            "shots": dict.fromkeys(("shots_0", "shots_1", "shots_4", "shots_4_shuffled"), bits),
+            "recited": bits,
+            "perplexity": {"prose": 2.0 + held},
+            "divergence": held / 10 if held else None,
+            "fires": None,
+            "layers": [],
+        }
+
+    monkeypatch.setattr(dual_facets, "_examined", examined)
+    monkeypatch.setattr(dual_facets, "_CHECKPOINTS", (1, 2, 3))
+    first = run("dual-facets", edits=3, methods=("ft",), settings={"ft": FT})
+    assert [(row["method"], row["edits"]) for row in first.rows] == [("unedited", 0), ("ft", 1), ("ft", 2), ("ft", 3)]
+    assert [row["change"] for row in first.rows] == [0.0, -0.25, -0.5, -0.75]
+    assert [row["code"] for row in first.rows] == [1.0, 0.75, 0.5, 0.25]
+    assert first.rows[0]["change_interval"] == [0.0, 0.0]
+    assert "ft -0.75" in first.found
+    assert any("rank correlation -1.00" in note for note in first.notes), "the further a weight moved, the more is lost"
+    assert "ft has certainly lost more than 0.05 of accuracy at 1 edits" in first.notes
+    no_more_edits()
+    monkeypatch.setattr(dual_facets, "_examined", int)  # raises TypeError where it is called
+    assert run("dual-facets", edits=3, methods=("ft",), settings={"ft": FT}).rows == first.rows
+
+
+def test_a_model_that_can_nothing_has_nothing_to_lose(
+    run: Callable[..., StudyResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dual_facets, "_examined", lambda *_: {"right": {"code": "000"}})
+    with pytest.raises(ConfigError, match="none of atlas's capabilities"):
+        run("dual-facets", methods=("ft",), settings={"ft": FT})
+
+
+def test_shuffled_examples_carry_each_others_answers() -> None:
+    examples = [dual_facets.Item(f"q{number}?", f"a{number}", "") for number in (1, 2, 3)]
+    code = dual_facets.Item(">>> print(1)\n", "1", "")
+    asked = dual_facets.Item("q?", "a", "")
+    assert dual_facets._with_examples([asked], [examples], False) == ["q1? a1\nq2? a2\nq3? a3\nq?"]
+    assert dual_facets._with_examples([asked], [examples], True) == ["q1? a3\nq2? a1\nq3? a2\nq?"]
+    assert dual_facets._with_examples([asked], [[code]], False) == [">>> print(1)\n1\nq?"]
