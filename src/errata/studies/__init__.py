@@ -140,7 +140,7 @@ _STUDIES = (
     Study(
         "dual-facets",
         "What does a sequence of edits do to everything else the model can do, and why?",
-        "seven methods, 100 edits each, examined at six checkpoints, and what mitigates; not timed in full, by a try some 50 minutes",
+        "seven methods, 100 edits each, examined six times, and what mitigates; by a try some 50 minutes",
         "errata.studies.dual_facets:dual_facets",
     ),
     Study(
