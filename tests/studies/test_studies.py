@@ -547,7 +547,7 @@ def test_the_command_lists_studies_runs_one_and_explains_errors(tmp_path: Path) 
 
     for listing in ((), ("--list",), ("memoir-long", "--list")):
         assert "memoir-collisions\n    Is an edit lost" in call(*listing)
-    assert len(json.loads(call("--list", "--json"))["studies"]) == 19
+    assert len(json.loads(call("--list", "--json"))["studies"]) == 22
     folder = tmp_path / "model"
     tiny_hf_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
