@@ -125,14 +125,16 @@ def test_bootstrap_intervals() -> None:
 
 
 def test_a_score_of_nothing_is_null_in_json() -> None:
-    record = Score.of([], [], []).to_record()
+    record = Score.of([], [], [], []).to_record()
     assert record["generated"] is None
     assert record["generated_interval"] == [None, None]
-    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5]).to_record() | {"generated_interval": None} == {
+    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5], [1.0, 0.25]).to_record() | {"generated_interval": None} == {
         "generated": 0.5,
         "contains": 1.0,
         "teacher_forced": 0.75,
+        "f1": 0.625,
         "generated_interval": None,
+        "wilson_interval": [0.094531, 0.905469],
         "edits": 2,
     }
 
