@@ -19,7 +19,7 @@ from errata.evaluation.metrics import (
     same_text,
     token_accuracy,
 )
-from errata.evaluation.protocol import AskedEdit, Result
+from errata.evaluation.protocol import AskedEdit, Marks, Result
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ def test_numbers_that_json_cannot_hold_become_null() -> None:
 
 def test_kinds_of_probes_are_averaged_per_edit_first() -> None:
     """One edit with three probes that changed weighs no more than one with a single probe that did not."""
-    right, wrong = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    right, wrong = (1.0,) * 4, (0.0,) * 4
 
-    def asked(triples: list[tuple[float, float, float]]) -> AskedEdit:
-        probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(triples)))
-        return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], triples, [], {})
+    def asked(marks: list[Marks]) -> AskedEdit:
+        probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(marks)))
+        return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], marks, [], {})
 
     score = Result([asked([wrong, wrong, wrong]), asked([right])]).by_kind("locality")["unrelated"]
     assert (score.generated.value, score.generated.count) == (0.5, 2)
