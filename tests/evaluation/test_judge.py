@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def saying(text: Any) -> str:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+    return json.dumps({"choices": [{"message": {"content": text}}]})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from errata.evaluation.metrics import (
     same_text,
     token_accuracy,
 )
-from errata.evaluation.protocol import AskedEdit, Result
+from errata.evaluation.protocol import AskedEdit, Marks, Result
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_a_score_of_nothing_is_null_in_json() -> None:
     record = Score.of([], [], [], []).to_record()
     assert record["generated"] is None
     assert record["generated_interval"] == [None, None]
-    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5], [0.5, 0.0]).to_record() | {"generated_interval": None} == {
+    assert Score.of([1.0, 0.0], [1.0, 1.0], [1.0, 0.5], [1.0, 0.25]).to_record() | {"generated_interval": None} == {
         "generated": 0.5,
         "contains": 1.0,
         "teacher_forced": 0.75,
-        "f1": 0.25,
+        "f1": 0.625,
         "generated_interval": None,
-        "wilson_interval": [0.094531, 0.905469],  # Wilson 1927: 1 of 2
+        "wilson_interval": [0.094531, 0.905469],
         "edits": 2,
     }
 
@@ -154,9 +154,9 @@ def test_numbers_that_json_cannot_hold_become_null() -> None:
 
 def test_kinds_of_probes_are_averaged_per_edit_first() -> None:
     """One edit with three probes that changed weighs no more than one with a single probe that did not."""
-    right, wrong = (1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0)
+    right, wrong = (1.0,) * 4, (0.0,) * 4
 
-    def asked(marks: list[tuple[float, float, float, float]]) -> AskedEdit:
+    def asked(marks: list[Marks]) -> AskedEdit:
         probes = tuple(Probe(prompt=f"q{number}", kind="unrelated") for number in range(len(marks)))
         return AskedEdit(Edit(prompt="p", target="t", locality=probes), [right], [], marks, [], {})
 

@@ -305,8 +305,8 @@ def _show_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
 
     def share(score: dict[str, Any]) -> str:
         spread = score.get("spread")
-        told = _number(score["generated"]) + ("" if spread is None else f" ± {spread:.3f}")
-        return f"{told} ({_number(score['teacher_forced'])})"
+        own, forced = _number(score["generated"]), f"({_number(score['teacher_forced'])})"
+        return f"{own} {forced}" if spread is None else f"{score['generated']:.2f} ± {spread:.2f}\n{forced}"
 
     for row in rows:
         ends = (_number(row["perplexity"]), _number(row["seconds_per_edit"]))

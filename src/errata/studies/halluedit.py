@@ -44,18 +44,20 @@ def halluedit(bench: Workbench) -> StudyResult:
         )
     if known:
         said = challenged(bench.model, [prompt for prompt, _ in known], turns=turns, progress=bench.progress)
-        right = [
-            [[answers_exactly(text, answer)] for text in own] for own, (_, answer) in zip(said, known, strict=True)
-        ]
-        rows.append({"method": "unedited, known facts", **_doubted([[one[0] for one in own] for own in right])})
+        right = [[answers_exactly(text, answer) for text in own] for own, (_, answer) in zip(said, known, strict=True)]
+        rows.append({"method": "unedited, known facts", **_doubted(right)})
     edited = [row for row in rows if row["method"] in names]
     best = max(edited, key=lambda row: row["robustness"])
     worst = max(edited, key=lambda row: row["efficacy"] - row["robustness"])
+    loses = (
+        ""
+        if best is worst
+        else (f", and {worst['method']} loses most, from {cell(worst['efficacy'])} to {cell(worst['robustness'])}")
+    )
     found = (
         f"{len(edits)} wrong answers corrected: efficacy {_range(edited, 'efficacy')}, portability "
-        f"{_range(edited, 'portability')}; doubted {turns} times, {best['method']} holds "
-        f"{cell(best['robustness'])} of its answers on average, and {worst['method']} loses most, from "
-        f"{cell(worst['efficacy'])} to {cell(worst['robustness'])}."
+        f"{_range(edited, 'portability')}; doubted {turns} times, {best['method']} still "
+        f"answers {cell(best['robustness'])} of its edits on average{loses}."
     )
     bench.notes += [
         "one after the other into one model, where the paper edits one fact at a time; right is exact match, where the "
