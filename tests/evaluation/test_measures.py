@@ -112,3 +112,10 @@ def test_drift_and_collapse_are_read_off_the_rows(tmp_path: Path) -> None:
     assert comparison().collapses(rows) == {}, "without text nothing is known of perplexity"
     assert found.collapses([row("unedited", 1, 1.0, None), *rows[2:]]) == {}
     assert found.collapses(rows[:4]) == {"ft": 3}
+    called = {"guard": {"ok": 1, "collapse": 2}, "guard_perplexity": {"ok": 2.0, "collapse": 3.0}}
+    silent: dict[str, Any] = {"guard": {"ok": 1}, "guard_perplexity": {}}
+    guarded = [*rows[:2], rows[2] | silent, rows[3] | called, rows[4] | called | {"guard_perplexity": {}}]
+    assert found.guard_calls(guarded) == {
+        "ft": {"edits": 2, "perplexity": 1.5},
+        "rome": {"edits": 2, "perplexity": None},
+    }

@@ -18,11 +18,11 @@ from errata.edit import Edit
 from errata.editors import Editor
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.metrics import held_until
+from errata.evaluation.significance import spearman
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS
 from errata.studies import studies, study
-from errata.studies.memoir import spearman
 from errata.studies.mirage import _usual
 from errata.studies.workbench import StudyOptions, StudyResult, Workbench
 from errata.testing import byte_tokenizer, tiny_hf_model, tiny_model

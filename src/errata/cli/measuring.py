@@ -337,6 +337,7 @@ def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool)
     chosen = comparison.chosen(rows)
     horizons, differences = comparison.horizons(chosen), comparison.differences(chosen)
     drifts, collapses = comparison.drifts(chosen), comparison.collapses(chosen)
+    calls = comparison.guard_calls(chosen)
     figure = comparison.folder / "comparison.png"
 
     def words() -> None:
@@ -348,13 +349,9 @@ def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool)
         for name, count in collapses.items():
             if count is not None:
                 print(f"{name} has collapsed at {count} edits: perplexity above ten times the unedited model's")
-        base = next(row["perplexity"] for row in chosen if row["method"] == "unedited")
-        for name in comparison.methods:
-            last = next((row for row in reversed(chosen) if row["method"] == name), None)
-            if last is not None and "collapse" in last["guard"]:
-                now = last.get("guard_perplexity", {}).get("collapse")
-                times = f", perplexity × {now / base:.2f} there" if now and base else ""
-                print(f"{name}: the guard calls a collapse at {last['guard']['collapse']} edits{times}")
+        for name, call in calls.items():
+            times = "" if call["perplexity"] is None else f", perplexity × {call['perplexity']:.2f} there"
+            print(f"{name}: the guard calls a collapse at {call['edits']} edits{times}")
         _say_differences(differences)
         print(f"figure: {figure}")
 
@@ -365,6 +362,7 @@ def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool)
         "differences": differences,
         "locality_drift": drifts,
         "collapse_point": collapses,
+        "guard_calls": calls,
         "stopped": comparison.stopped,
         "figure": str(figure),
         "folder": str(comparison.folder),

@@ -234,6 +234,20 @@ class Comparison:
         by_run = {method: {edits: value for name, edits, value in read if name == method} for method in self.methods}
         return {method: collapse_point(values, base=base) for method, values in by_run.items() if values}
 
+    def guard_calls(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Per run in which the guard called a collapse: after how many `edits` first, and what held-out text's
+        `perplexity` was there as a multiple of the unedited model's (None where it was not read)."""
+        base = next((row["perplexity"] for row in rows if row["method"] == "unedited"), None)
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row["method"] in self.methods and "collapse" in row["guard"]:
+                now = row["guard_perplexity"].get("collapse")
+                found[row["method"]] = {
+                    "edits": row["guard"]["collapse"],
+                    "perplexity": now / base if now and base else None,
+                }
+        return found
+
     def differences(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """Per property, the best run against every other, paired over edits, at the last checkpoint that all reached.
 

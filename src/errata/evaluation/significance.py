@@ -10,13 +10,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from errata.evaluation.metrics import bootstrap_mean
 
-__all__ = ["Difference", "cohen_kappa", "compare_methods", "holm", "mcnemar", "sign_flip_test"]
+__all__ = ["Difference", "cohen_kappa", "compare_methods", "holm", "mcnemar", "sign_flip_test", "spearman"]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -135,3 +135,17 @@ def _paired_test(
     if {*first, *second} <= {0.0, 1.0}:
         return mcnemar([bool(a) for a in first], [bool(b) for b in second]), "mcnemar"
     return sign_flip_test(differences, seed=seed), "permutation"
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation, equal values sharing their mean rank; None where one of the two does not vary."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        _, which, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        return (ends - (counts - 1) / 2.0)[which]
+
+    one, other = ranks(first), ranks(second)
+    if not len(one) or one.std() == 0 or other.std() == 0:
+        return None
+    return float(np.corrcoef(one, other)[0, 1])

@@ -20,12 +20,13 @@ from errata.errors import ConfigError
 from errata.evaluation import Result
 from errata.evaluation.figures import COLOURS, styled_figure
 from errata.evaluation.metrics import answers_exactly, bootstrap_mean, held_until
+from errata.evaluation.significance import spearman
 from errata.model.anatomy import weight_of
 from errata.routing import TopHashRouter, chance_overlap, relative_threshold
 from errata.studies.figures import INK, dots, label_ends, lines, property_lines, ticks, titled
 from errata.studies.workbench import PROPERTIES, Arm, Published, StudyResult, Workbench, share
 
-__all__ = ["ablation", "collisions", "density", "k_sweep", "layers", "long", "sanity", "spearman", "threshold"]
+__all__ = ["ablation", "collisions", "density", "k_sweep", "layers", "long", "sanity", "threshold"]
 
 _SOURCE = "MEMOIR (NeurIPS 2025), as cited by third parties"
 _WHOLE = {"reliability": 0.94, "generalization": 0.85, "locality": 1.0}
@@ -384,20 +385,6 @@ def density(bench: Workbench) -> StudyResult:
 
 
 # --- collisions -----------------------------------------------------------------------------------------------------
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation, equal values sharing their mean rank; None where one of the two does not vary."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        _, which, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-        ends = np.cumsum(counts)
-        return (ends - (counts - 1) / 2.0)[which]
-
-    one, other = ranks(first), ranks(second)
-    if not len(one) or one.std() == 0 or other.std() == 0:
-        return None
-    return float(np.corrcoef(one, other)[0, 1])
 
 
 def _overlaps(router: TopHashRouter) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]], torch.Tensor]:
