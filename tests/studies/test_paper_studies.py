@@ -20,7 +20,8 @@ from errata.evaluation.rankings import rank_answers
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS
 from errata.studies import abilities, dual_facets, halluedit, study
-from errata.studies.workbench import StudyOptions, StudyResult, Workbench
+from errata.studies.result import StudyResult
+from errata.studies.workbench import StudyOptions, Workbench
 from errata.testing import tiny_model
 
 FT = {"steps": 60, "learning_rate": 0.01}

@@ -24,7 +24,8 @@ from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS
 from errata.studies import studies, study
 from errata.studies.mirage import _usual
-from errata.studies.workbench import StudyOptions, StudyResult, Workbench
+from errata.studies.result import StudyResult
+from errata.studies.workbench import StudyOptions, Workbench
 from errata.testing import byte_tokenizer, tiny_hf_model, tiny_model
 
 PLACES = ("France", "Spain", "Ann", "Bob", "Emma", "Zed")

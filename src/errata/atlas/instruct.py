@@ -23,13 +23,14 @@ from errata.atlas.capabilities import CAPABILITIES, Item
 from errata.atlas.examine import examine_item
 from errata.atlas.train import RunFolder, draw_curve, versions
 from errata.atlas.world import WORLD_VERSION, Saying, load_world
+from errata.edit import Edit, Probe
 from errata.errors import ArtifactError, ConfigError
 from errata.model import EditableModel, Passage
 from errata.model.anatomy import is_linear, weight_of
 from errata.model.probes import adding
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["chat_prompt", "examine_instruct", "merge_instruct", "train_instruct"]
+__all__ = ["chat_edit", "chat_prompt", "examine_instruct", "merge_instruct", "train_instruct"]
 
 _RANK, _SCALE = 8, 2.0
 _BATCH = 64
@@ -47,6 +48,22 @@ def chat_prompt(model: EditableModel, question: str) -> str:
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
     return str(text).removeprefix(model.tokenizer.bos_token or "")
+
+
+def chat_edit(model: EditableModel, edit: Edit) -> Edit:
+    """An edit with all its prompts as questions in the chat template; subject and answers stay as they are."""
+
+    def asked(probes: Sequence[Probe]) -> tuple[Probe, ...]:
+        return tuple(probe.model_copy(update={"prompt": chat_prompt(model, probe.prompt)}) for probe in probes)
+
+    return edit.model_copy(
+        update={
+            "prompt": chat_prompt(model, edit.prompt),
+            "rephrases": tuple(chat_prompt(model, text) for text in edit.rephrases),
+            "locality": asked(edit.locality),
+            "portability": asked(edit.portability),
+        }
+    )
 
 
 def _sayings(seed: int) -> Iterator[Saying]:

@@ -188,7 +188,7 @@ def demo(
     """Watch facts being corrected in a real language model one after the other, and get a report."""
     from errata.cli.demo import demo as run
 
-    run(method, edits, seed, out, settings or [], as_json, "errata " + " ".join(sys.argv[1:]))
+    run(method, edits, seed, out, settings or [], as_json)
 
 
 @app.command()
@@ -420,13 +420,16 @@ def table(
             "--allow-mixed", help="Also where protocol, model, tokenizer, precision, version or edits differ."
         ),
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table: a file that ends in .md (Markdown) or .tex (LaTeX).")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the rows too: a file that ends in .png or .svg.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put rows of several comparisons into one table; refuses rows that were not made alike."""
     from errata.cli.measuring import table as run
 
-    run(folders, allow_mixed, figure, as_json)
+    run(folders, allow_mixed, out, figure, as_json)
 
 
 @app.command()
@@ -521,7 +524,9 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 @guarded()
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: batch, overhead, routing, tail or weights.")],
+    name: Annotated[
+        str, typer.Argument(help="The benchmark: batch, methods, overhead, routing, scoring, tail or weights.")
+    ],
     figure: Annotated[Path | None, typer.Option(help="Where its figure goes, .png or .svg, if it has one.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -559,6 +564,10 @@ def study(
         int,
         typer.Option(help="hallucination and temporal: cut texts behind prompts to N words; 0 cuts nothing.", min=0),
     ] = 40,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="dual-facets: a model of another size, to see what size does; repeatable."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A handful of edits, to see that all of it runs.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -572,7 +581,8 @@ def study(
         catalogue(as_json)
     else:
         run(
-            name, model, out, edits, seed, methods, settings or [], data, words, quick, device, dtype, as_json
+            name, model, out, edits, seed, methods, settings or [], data, words, beside or [], quick, device, dtype,
+            as_json,
         )  # fmt: skip
 
 
@@ -603,8 +613,7 @@ def train_method(
     """Train what a method needs once per base model: resumable after a kill, with a learning curve."""
     from errata.cli.training import train as run
 
-    command = "errata " + " ".join(sys.argv[1:])
-    run(method, model, edits, limit, out, minutes, seed, settings or [], strict, device, dtype, command, as_json)
+    run(method, model, edits, limit, out, minutes, seed, settings or [], strict, device, dtype, as_json)
 
 
 @app.command()

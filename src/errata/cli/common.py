@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ __all__ = [
     "parse_settings",
     "quiet",
     "save_adapter",
+    "this_command",
 ]
 
 
@@ -35,6 +38,11 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def this_command() -> str:
+    """What was typed, to be kept with what it made."""
+    return shlex.join(["errata", *sys.argv[1:]])
 
 
 def check_out(folder: Path) -> None:

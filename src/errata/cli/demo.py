@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.cli.common import check_out, parse_settings, quiet, save_adapter
+from errata.cli.common import check_out, parse_settings, quiet, save_adapter, this_command
 from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
 from errata.progress import progress_bar
@@ -85,7 +85,6 @@ def demo(
     out: Path,
     settings: list[str],
     as_json: bool,
-    command: str,
 ) -> None:
     if count < 1:
         raise ConfigError(f"--edits must be at least 1, not {count}")
@@ -146,7 +145,7 @@ def demo(
         RunReport(
             title=f"{count} facts corrected in a language model, one after the other",
             lead=f"Method: {cls.name}. Model: atlas, which knows {provenance['facts']:,} real facts.",
-            command=command,
+            command=this_command(),
             rows=records,
             result=last.result,
             before=before,

@@ -16,6 +16,7 @@ from errata.cli.common import (
     load_texts,
     parse_numbers,
     parse_settings,
+    this_command,
 )
 from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
@@ -314,23 +315,27 @@ def _show_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
-def _say_differences(differences: dict[str, list[dict[str, Any]]]) -> None:
+def _tell_differences(differences: dict[str, list[dict[str, Any]]]) -> list[str]:
+    told = []
     for name, pairs in differences.items():
         alike = [pair["second"] for pair in pairs if pair["adjusted_p"] >= 0.05]
         beaten = [pair["second"] for pair in pairs if pair["adjusted_p"] < 0.05]
         words = [f"better than {', '.join(beaten)}"] if beaten else []
         words += [f"not told apart from {', '.join(alike)}"] if alike else []
-        print(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+        told.append(f"{name} at {pairs[0]['edits']} edits: {pairs[0]['first']} is highest; {'; '.join(words)}")
+    return told
 
 
-def _say_horizons(horizons: dict[str, dict[str, Any]], where: str = "") -> None:
+def _tell_horizons(horizons: dict[str, dict[str, Any]], where: str = "") -> str:
     from errata.evaluation import HORIZON
 
     told = [f"{name} {found['edits']:.0f}{'' if found['fell'] else ' or more'}" for name, found in horizons.items()]
-    print(f"edits until reliability falls under {HORIZON}{where}: {', '.join(told)}")
+    return f"edits until reliability falls under {HORIZON}{where}: {', '.join(told)}"
 
 
 def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool) -> None:
+    from errata.evaluation.comparison_page import write_comparison_page
+
     for name, count in comparison.stopped.items():
         below = f"reliability is below {comparison.stop_below:g} (--stop-below 0 goes on)"
         log(f"{name} stopped at {count} edits: {below}")
@@ -339,21 +344,22 @@ def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool)
     drifts, collapses = comparison.drifts(chosen), comparison.collapses(chosen)
     calls = comparison.guard_calls(chosen)
     figure = comparison.folder / "comparison.png"
+    told = [_tell_horizons(horizons)]
+    if drifts:
+        told.append(f"locality lost per hundred edits: {', '.join(f'{name} {d:.3f}' for name, d in drifts.items())}")
+    for name, at in collapses.items():
+        if at is not None:
+            told.append(f"{name} has collapsed at {at} edits: perplexity above ten times the unedited model's")
+    for name, call in calls.items():
+        times = "" if call["perplexity"] is None else f", perplexity × {call['perplexity']:.2f} there"
+        told.append(f"{name}: the guard calls a collapse at {call['edits']} edits{times}")
+    told += _tell_differences(differences)
+    page = write_comparison_page(comparison, chosen, told, this_command())
 
     def words() -> None:
         _show_rows(chosen, "all edits asked after the last one; generated (teacher-forced)")
-        _say_horizons(horizons)
-        if drifts:
-            told = [f"{name} {drift:.3f}" for name, drift in drifts.items()]
-            print(f"locality lost per hundred edits: {', '.join(told)}")
-        for name, count in collapses.items():
-            if count is not None:
-                print(f"{name} has collapsed at {count} edits: perplexity above ten times the unedited model's")
-        for name, call in calls.items():
-            times = "" if call["perplexity"] is None else f", perplexity × {call['perplexity']:.2f} there"
-            print(f"{name}: the guard calls a collapse at {call['edits']} edits{times}")
-        _say_differences(differences)
-        print(f"figure: {figure}")
+        print("\n".join(told))
+        print(f"page: {page}; figure: {figure}")
 
     record = {
         "model": comparison.model.model_id,
@@ -365,6 +371,7 @@ def _compared(comparison: Comparison, rows: list[dict[str, Any]], as_json: bool)
         "guard_calls": calls,
         "stopped": comparison.stopped,
         "figure": str(figure),
+        "page": str(page),
         "folder": str(comparison.folder),
         "notes": list(comparison.notes),
         "provenance": comparison.provenance,
@@ -390,11 +397,11 @@ def _ordered(ordered: OrderedComparisons, rows: list[dict[str, Any]], as_json: b
         title = f"means over {count} orders of the same edits ± standard deviation; generated (teacher-forced)"
         _show_rows(means, title)
         for seed, found in per_order.items():
-            _say_horizons(found["horizons"], f" in order {seed}")
+            print(_tell_horizons(found["horizons"], f" in order {seed}"))
             for name, edits in found["collapse_point"].items():
                 if edits is not None:
                     print(f"{name} has collapsed at {edits} edits in order {seed}")
-        _say_differences(differences)
+        print("\n".join(_tell_differences(differences)))
         print(f"figure: {figure} (bands: range over the orders)")
 
     record = {
@@ -411,13 +418,21 @@ def _ordered(ordered: OrderedComparisons, rows: list[dict[str, Any]], as_json: b
     emit(record, as_json, words)
 
 
-def table(folders: Sequence[Path], allow_mixed: bool, figure: Path | None, as_json: bool) -> None:
+def table(folders: Sequence[Path], allow_mixed: bool, out: Path | None, figure: Path | None, as_json: bool) -> None:
+    from errata.evaluation.comparison_page import COLUMNS, flat_rows
     from errata.evaluation.figures import comparison_figure, save_figure
     from errata.evaluation.joining import join_comparisons
+    from errata.evaluation.tables import latex_table, markdown_table
 
+    if out is not None and out.suffix not in (".md", ".tex"):
+        raise ConfigError(f"--out {out} must end with .md or .tex, for a table in Markdown or in LaTeX")
     joined = join_comparisons(folders, allow_mixed=allow_mixed)
     if figure is not None:
         save_figure(comparison_figure(joined.rows), figure)
+    if out is not None:
+        rows = flat_rows(joined.rows)
+        text = latex_table(COLUMNS, rows) if out.suffix == ".tex" else markdown_table(COLUMNS, rows) + "\n"
+        out.write_text(text, encoding="utf-8")
 
     def words() -> None:
         _show_rows(joined.rows, "generated (teacher-forced)")
@@ -425,6 +440,8 @@ def table(folders: Sequence[Path], allow_mixed: bool, figure: Path | None, as_js
             for key, values in found.items():
                 told = ", ".join(f"{value} in {name}" for name, value in values.items())
                 print(f"{'not alike: ' if kind == 'differs' else ''}{key.replace('_', ' ')}: {told}")
+        if out is not None:
+            print(f"table: {out}")
         if figure is not None:
             print(f"figure: {figure}")
 
@@ -432,6 +449,7 @@ def table(folders: Sequence[Path], allow_mixed: bool, figure: Path | None, as_js
         "rows": joined.rows,
         "differs": joined.differs,
         "seeds": joined.seeds,
+        "table": None if out is None else str(out),
         "figure": None if figure is None else str(figure),
     }
     emit(record, as_json, words)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.cli.common import check_out, load_model, parse_settings
+from errata.cli.common import check_out, load_model, parse_settings, this_command
 from errata.cli.output import emit, log, plain
 from errata.errors import ConfigError
 from errata.progress import progress_bar
@@ -14,7 +14,7 @@ from errata.studies import studies
 from errata.studies import study as study_of
 
 if TYPE_CHECKING:
-    from errata.studies.workbench import StudyResult
+    from errata.studies.result import StudyResult
 
 __all__ = ["catalogue", "study"]
 
@@ -42,6 +42,7 @@ def study(
     settings: Sequence[str],
     data: Path | None,
     words_kept: int,
+    beside: Sequence[str],
     quick: bool,
     device: str | None,
     dtype: str | None,
@@ -62,7 +63,9 @@ def study(
         settings=per_method,
         data=data,
         words=words_kept,
+        beside=tuple(beside),
         quick=quick,
+        command=this_command(),
     )
     model = load_model(model_name, device, dtype)
     log(f"{chosen.name}: {chosen.question}")
@@ -88,7 +91,7 @@ def _show(result: StudyResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from errata.studies.workbench import cell
+    from errata.evaluation.tables import cell
 
     def table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
         drawn = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -100,6 +103,8 @@ def _show(result: StudyResult) -> None:
 
     console = Console()
     console.print(table("generated unless it says forced", result.columns, result.rows))
+    for one in result.tables:
+        console.print(table(one.title, one.columns, one.rows))
     if result.published:
         names = list(dict.fromkeys(name for one in result.published for name in one.values))
         rows = [{"published": one.what, **one.values, "source": one.source} for one in result.published]
@@ -107,4 +112,4 @@ def _show(result: StudyResult) -> None:
     for note in result.notes:
         print(f"note: {note}")
     print(result.found)
-    print(f"figure: {result.files['figure']}")
+    print(f"page: {result.files['page']}; figure: {result.files['figure']}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from errata.cli.common import check_out, load_edits, load_model, parse_settings
+from errata.cli.common import check_out, load_edits, load_model, parse_settings, this_command
 from errata.cli.output import emit, log
 from errata.errors import ConfigError
 from errata.progress import progress_bar
@@ -25,7 +25,6 @@ def train(
     strict: bool,
     device: str | None,
     dtype: str | None,
-    command: str,
     as_json: bool,
 ) -> None:
     given = parse_settings(settings)
@@ -50,7 +49,7 @@ def train(
     log(f"settings: {config.source}; at most {config.steps:,} steps of {config.batch_size} edits")
     with progress_bar() as progress:
         record: dict[str, Any] = cls.train(
-            model, data, folder, config, minutes=minutes, command=command, progress=progress
+            model, data, folder, config, minutes=minutes, command=this_command(), progress=progress
         )
 
     def words() -> None:

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 __all__ = [
     "COLOURS",
     "comparison_figure",
+    "label_ends",
+    "number",
     "retention_figure",
+    "retention_lines",
+    "run_style",
     "save_figure",
     "scores_figure",
     "styled_figure",
     "svg",
+    "ticks",
     "trace_figure",
 ]
 
@@ -41,9 +46,54 @@ def styled_figure(width: float, height: float, rows: int = 1, columns: int = 1) 
     return figure, axes
 
 
-def _number(value: float | None) -> float:
-    """What JSON holds, for a line: None leaves a gap."""
+def number(value: float | None) -> float:
+    """What JSON holds, for an axis: None leaves a gap."""
     return math.nan if value is None else float(value)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.055) -> None:
+    """Name lines at their right ends (x, y, name, colour), pushed apart vertically where they would overlap.
+
+    Args:
+        gap: least distance between two names, as a share of the axis.
+    """
+    low, high = axes.get_ylim()
+    room = gap * (high - low)
+    known = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
+    places: list[float] = []
+    for _, y, _, _ in known:
+        places.append(max(y, places[-1] + room) if places else y)
+    over = max(0.0, places[-1] - high) if places else 0.0  # the topmost may stand at the edge, not above it
+    for at in reversed(range(len(places))):
+        limit = high if at == len(places) - 1 else places[at + 1] - room
+        places[at] = min(places[at], limit) if over else places[at]
+    for (x, _, name, colour), y in zip(known, places, strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(7, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def ticks(axes: Axes, values: Sequence[float], names: Sequence[str] | None = None) -> None:
+    """Ticks at the measured places alone, also on a scale of logarithms."""
+    axes.set_xticks(values, names or [f"{value:g}" for value in values], fontsize=8)
+    axes.minorticks_off()
+
+
+def run_style(runs: Sequence[str], run: str) -> dict[str, Any]:
+    """How a run among others is drawn: runs of one method (METHOD@LABEL) share colour and marker, and differ by their
+    dashes; from the eighth method on markers are hollow."""
+    methods = list(dict.fromkeys(one.partition("@")[0] for one in runs))
+    method = run.partition("@")[0]
+    place = methods.index(method)
+    among = [one for one in runs if one.partition("@")[0] == method].index(run)
+    colour = COLOURS[place % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "markerfacecolor": colour if place < len(_MARKERS) else "white",
+        "linestyle": _DASHES[among % len(_DASHES)],
+    }
 
 
 def svg(figure: Figure) -> str:
@@ -96,8 +146,8 @@ def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figu
     """Left: success over the run, right after each edit and after all of them. Right: success by age at the end."""
     figure, (over, age) = styled_figure(7.5, 3.2, 1, 2)
     counts = [row["edits"] for row in rows]
-    at_once = [_number(row["immediate"]["reliability"]["generated"]) for row in rows]
-    finally_ = [_number(row["reliability"]["generated"]) for row in rows]
+    at_once = [number(row["immediate"]["reliability"]["generated"]) for row in rows]
+    finally_ = [number(row["reliability"]["generated"]) for row in rows]
     over.plot(counts, at_once, "s--", color=COLOURS[5], label="right after the edit")
     over.plot(counts, finally_, "o-", color=COLOURS[0], label="after all edits")
     over.set(xlabel="edits made", ylabel="reliability (generated)", ylim=(-0.03, 1.05), title=title)
@@ -112,6 +162,22 @@ def retention_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figu
     return figure
 
 
+def retention_lines(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Per run, the share of its edits still answered at its last checkpoint, by how many were made after them."""
+    figure, (axis,) = styled_figure(8, 4)
+    runs = list(dict.fromkeys(row["method"] for row in rows))
+    last = {row["method"]: row for row in sorted(rows, key=lambda row: row["edits"])}
+    ends = []
+    for run in runs:
+        ages = sorted((int(age) + 1, share) for age, share in last[run]["retention"].items())
+        style = run_style(runs, run)
+        axis.plot([age for age, _ in ages], [share for _, share in ages], markersize=5, **style)
+        ends.append((*ages[-1], run, style["color"]))
+    axis.set(xlabel="edits made since, and the edit itself", ylabel="still answered", xscale="log", ylim=(-0.03, 1.05))
+    label_ends(axis, ends)
+    return figure
+
+
 def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each method over the number of sequential edits: three properties, and perplexity of held-out text.
 
@@ -121,7 +187,6 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.ticker import LogFormatter
 
     runs = list(dict.fromkeys(row["method"] for row in rows if not row["baseline"]))
-    methods = list(dict.fromkeys(run.partition("@")[0] for run in runs))
     unedited = [row for row in rows if row["method"] == "unedited"]
     is_crowded = len(runs) > 6
     figure, axes = styled_figure(9.0, 7.4 if is_crowded else 6.4, 2, 2)
@@ -130,31 +195,25 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
 
         def value(row: Mapping[str, Any], name: str = name) -> float:
-            return _number(row["perplexity"] if name == "perplexity" else row[name]["generated"])
+            return number(row["perplexity"] if name == "perplexity" else row[name]["generated"])
 
         for run in runs:
             own = [row for row in rows if row["method"] == run]
             counts = [row["edits"] for row in own]
-            method = run.partition("@")[0]
-            number = methods.index(method)
-            among = [other for other in runs if other.partition("@")[0] == method].index(run)
-            colour = COLOURS[number % len(COLOURS)]
+            style = run_style(runs, run)
             axis.plot(
                 counts,
                 [value(r) for r in own],
-                _DASHES[among % len(_DASHES)],
-                marker=_MARKERS[number % 7],
-                markerfacecolor=colour if number < 7 else "white",
-                color=colour,
                 label=run,
                 markersize=4 if is_crowded else 6,
                 linewidth=1.1 if is_crowded else 1.5,
+                **style,
             )
             if name != "perplexity" and not is_crowded:
                 low = [r[name]["generated_interval"][0] for r in own]
                 high = [r[name]["generated_interval"][1] for r in own]
                 if None not in low and None not in high:
-                    axis.fill_between(counts, low, high, color=colour, alpha=0.12, linewidth=0)
+                    axis.fill_between(counts, low, high, color=style["color"], alpha=0.12, linewidth=0)
         if unedited:
             axis.plot(
                 [r["edits"] for r in unedited], [value(r) for r in unedited], ":", color="#666666", label="unedited"

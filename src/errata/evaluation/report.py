@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errata import __version__
 from errata.edit import Edit
 from errata.evaluation.controls import Control
-from errata.evaluation.figures import retention_figure, scores_figure, svg
+from errata.evaluation.figures import retention_figure, scores_figure
 from errata.evaluation.metrics import answers_exactly, finite_or_none, same_text
+from errata.evaluation.page import Card, Cell, Grid, Page, Picture, Section, Verbatim, write_page
 from errata.evaluation.protocol import AskedEdit, Result
 
 __all__ = ["RunReport", "write_report"]
@@ -30,6 +30,13 @@ _KINDS = {
     "capability": "locality: a capability task",
     "unrelated": "locality: unrelated facts",
 }
+
+
+_WAYS = (
+    "All edits are asked after the last one was made. Generated: the model writes greedily from the prompt alone. "
+    "Teacher-forced: it is shown the beginning of the answer at every place, as most papers do. Intervals are 95 % "
+    "bootstrap intervals over edits."
+)
 
 
 @dataclass
@@ -63,20 +70,23 @@ def _share(value: Any) -> str:
     return f"{float(value):.3f}" if math.isfinite(value) else "∞"
 
 
-def _score_row(name: str, record: Mapping[str, Any], meaning: str) -> dict[str, Any]:
+_MEASURES = ("reliability", "generalization", "locality")
+
+
+def _score_row(name: str, record: Mapping[str, Any], meaning: str) -> list[str | Cell]:
     low, high = record["generated_interval"]
-    return {
-        "name": name,
-        "generated": _share(record["generated"]),
-        "interval": "–" if low is None else f"{low:.2f} – {high:.2f}",
-        "contains": _share(record["contains"]),
-        "teacher_forced": _share(record["teacher_forced"]),
-        "edits": record["edits"],
-        "meaning": meaning,
-    }
+    return [
+        name,
+        _share(record["generated"]),
+        "–" if low is None else f"{low:.2f} – {high:.2f}",
+        _share(record["contains"]),
+        _share(record["teacher_forced"]),
+        str(record["edits"]),
+        meaning,
+    ]
 
 
-def _examples(report: RunReport) -> list[dict[str, Any]]:
+def _examples(report: RunReport) -> list[Grid]:
     """Spread over the run; one that failed is among them if there is any."""
     asked = list(report.result.asked)
     failed = [a for a in asked if not a.reliability[0][0] or any(not g[0] for g in a.generalization)]
@@ -88,10 +98,10 @@ def _examples(report: RunReport) -> list[dict[str, Any]]:
     return [_example(a, before) for a in chosen]
 
 
-def _example(asked: AskedEdit, before: Mapping[str, str]) -> dict[str, Any]:
+def _example(asked: AskedEdit, before: Mapping[str, str]) -> Grid:
     edit: Edit = asked.edit
 
-    def row(prompt: str, role: str, answer: str | None) -> dict[str, Any]:
+    def row(prompt: str, role: str, answer: str | None) -> list[str | Cell]:
         now = asked.said[prompt].strip()
         if answer is None:
             ok = same_text(before[prompt], now)
@@ -99,14 +109,7 @@ def _example(asked: AskedEdit, before: Mapping[str, str]) -> dict[str, Any]:
         else:
             ok = answers_exactly(now, answer)
             verdict = "new answer" if ok else "missed"
-        return {
-            "prompt": prompt,
-            "role": role,
-            "before": before[prompt].strip(),
-            "after": now,
-            "ok": ok,
-            "verdict": verdict,
-        }
+        return [Cell(prompt, role), before[prompt].strip(), now, Cell(verdict, mark="ok" if ok else "no")]
 
     rows = [row(edit.prompt, "the edited prompt", edit.target)]
     rows += [row(text, "another wording", edit.target) for text in edit.rephrases]
@@ -117,94 +120,80 @@ def _example(asked: AskedEdit, before: Mapping[str, str]) -> dict[str, Any]:
         row(p.prompt, f"follows from the edit ({(p.kind or 'portability').replace('_', ' ')})", p.answer)
         for p in edit.portability
     ]
-    return {"title": f"{edit.prompt} … {edit.ground_truth or '?'} → {edit.target}", "rows": rows}
+    title = f"{edit.prompt} … {edit.ground_truth or '?'} → {edit.target}"
+    return Grid(("asked", "before", "after", ""), rows, title=title)
+
+
+def _scores(record: Mapping[str, Any], names: Sequence[str]) -> Grid:
+    rows = [_score_row(name, record[name], _MEANINGS[name]) for name in names]
+    kinds = record["locality_by_kind"]
+    rows += [_score_row(_KINDS.get(kind, kind), kinds[kind], "part of locality") for kind in kinds]
+    numbers = ("generated", "interval", "contains", "teacher-forced", "edits")
+    return Grid(("", *numbers, "what it means"), rows, frozenset(numbers))
+
+
+def _baselines(report: RunReport, record: Mapping[str, Any], before: Mapping[str, Any]) -> Grid:
+    def row(name: str, scores: Mapping[str, Any], perplexity: float | None, meaning: str) -> list[str | Cell]:
+        return [name, *(_share(scores[n]["generated"]) for n in _MEASURES), _share(perplexity), meaning]
+
+    base = "the base model: how often it says the targets by itself"
+    rows = [row("unedited", before, report.perplexity_before, base)]
+    rows.append(row("edited", record, report.perplexity_after, "this run"))
+    for control in report.controls:
+        meaning = "what was written, turned into random directions of the same norm"
+        if control.name.startswith("no-op"):
+            meaning = "the same method writes back the old answers (its targets here); any loss is damage"
+        rows.append(row(control.name, control.to_record(), control.perplexity, meaning))
+    numbers = (*_MEASURES, "perplexity")
+    return Grid(("", *numbers, "what it means"), rows, frozenset(numbers))
+
+
+def _cards(report: RunReport, record: Mapping[str, Any], names: Sequence[str]) -> list[Card]:
+    last = report.rows[-1]
+    note = f"generated, after all {last['edits']} edits"
+    cards = [Card(name, _share(record[name]["generated"]), note) for name in names[:3]]
+    first, now = finite_or_none(report.perplexity_before), finite_or_none(report.perplexity_after)
+    change = "–" if first is None or now is None else f"{now / first - 1:+.2%}"
+    told = f"{_share(report.perplexity_before)} before, {_share(report.perplexity_after)} after"
+    return [
+        *cards,
+        Card("perplexity", change, told),
+        Card("seconds per edit", f"{last['seconds_per_edit']:.2f}", "writing, without preparation"),
+    ]
 
 
 def write_report(path: Path, report: RunReport) -> Path:
     """Write the page; it opens offline, and nothing in it is loaded from elsewhere."""
-    from jinja2 import Environment, PackageLoader
-
-    record = report.result.to_record()
-    before = report.before.to_record()
-    last = report.rows[-1]
+    record, before = report.result.to_record(), report.before.to_record()
     names = [n for n in _MEANINGS if record[n]["generated"] is not None]
-    score_rows = [_score_row(name, record[name], _MEANINGS[name]) for name in names]
-    kinds = record["locality_by_kind"]
-    score_rows += [_score_row(_KINDS.get(kind, kind), kinds[kind], "part of locality") for kind in kinds]
-    control_rows = [
-        {
-            "name": "unedited",
-            **{n: _share(before[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-            "perplexity": _share(report.perplexity_before),
-            "meaning": "the base model: how often it says the targets by itself",
-        },
-        {
-            "name": "edited",
-            **{n: _share(record[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-            "perplexity": _share(report.perplexity_after),
-            "meaning": "this run",
-        },
-    ]
-    for control in report.controls:
-        scores = control.to_record()
-        no_op = control.name.startswith("no-op")
-        control_rows.append(
-            {
-                "name": control.name,
-                **{n: _share(scores[n]["generated"]) for n in ("reliability", "generalization", "locality")},
-                "perplexity": _share(control.perplexity),
-                "meaning": "the same method writes back the old answers (its targets here); any loss is damage"
-                if no_op
-                else "what was written, turned into random directions of the same norm",
-            }
-        )
-    cards = [
-        {
-            "name": name,
-            "value": _share(record[name]["generated"]),
-            "note": f"generated, after all {last['edits']} edits",
-        }
-        for name in names[:3]
-    ]
-    first, now = finite_or_none(report.perplexity_before), finite_or_none(report.perplexity_after)
-    cards.append(
-        {
-            "name": "perplexity",
-            "value": "–" if first is None or now is None else f"{now / first - 1:+.2%}",
-            "note": f"{_share(report.perplexity_before)} before, {_share(report.perplexity_after)} after",
-        }
-    )
-    cards.append(
-        {"name": "seconds per edit", "value": f"{last['seconds_per_edit']:.2f}", "note": "writing, without preparation"}
-    )
-    figures = [
-        {
-            "svg": svg(scores_figure(record, before)),
-            "caption": "Before and after. Locality before is 1 by definition: it is agreement with the unedited model.",
-        },
-        {
-            "svg": svg(retention_figure(report.rows)),
-            "caption": "Is what held right after an edit still true at the end? Where the lines part, it is forgotten.",
-        },
-    ]
     raw = [
         {"id": a.edit.id, "target": a.edit.target, "said": a.said, "reliability": a.reliability, "locality": a.locality}
         for a in report.result.asked
     ]
-    environment = Environment(loader=PackageLoader("errata.evaluation"), autoescape=True)
-    page = environment.get_template("report.html.j2").render(
-        title=report.title,
-        lead=report.lead,
-        cards=cards,
-        figures=figures,
-        score_rows=score_rows,
-        control_rows=control_rows,
-        examples=_examples(report),
-        protocol=report.protocol,
-        raw=json.dumps(raw, ensure_ascii=False, indent=1),
-        version=__version__,
-        command=report.command,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    sections = [
+        Section(
+            "",
+            [
+                Picture(
+                    scores_figure(record, before),
+                    "Before and after. Locality before is 1 by definition: it is agreement with the unedited model.",
+                ),
+                Picture(
+                    retention_figure(report.rows),
+                    "Is what held right after an edit still true at the end? Where the lines part, it is forgotten.",
+                ),
+            ],
+        ),
+        Section("Scores", [_scores(record, names)], _WAYS),
+        Section("Baselines", [_baselines(report, record, before)]),
+        Section("A few facts, before and after", _examples(report)),
+        Section(
+            "Protocol",
+            [
+                Grid(("setting", "value"), report.protocol),
+                Verbatim("Everything that was said, as JSON", json.dumps(raw, ensure_ascii=False, indent=1)),
+            ],
+        ),
+    ]
+    cards = _cards(report, record, names)
+    return write_page(path, Page(report.title, report.lead, sections, report.command, cards=cards))

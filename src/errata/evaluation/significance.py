@@ -14,9 +14,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from errata.evaluation.metrics import bootstrap_mean
+from errata.evaluation.metrics import Measure, bootstrap_mean
 
-__all__ = ["Difference", "cohen_kappa", "compare_methods", "holm", "mcnemar", "sign_flip_test", "spearman"]
+__all__ = [
+    "Difference",
+    "cohen_kappa",
+    "compare_methods",
+    "holm",
+    "mcnemar",
+    "sign_flip_test",
+    "spearman",
+    "spearman_interval",
+]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -149,3 +158,30 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     if not len(one) or one.std() == 0 or other.std() == 0:
         return None
     return float(np.corrcoef(one, other)[0, 1])
+
+
+def spearman_interval(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str], *, resamples: int = 1000, seed: int = 0
+) -> Measure | None:
+    """Rank correlation with a percentile interval over resampled clusters, None where one of the two does not vary.
+
+    Args:
+        clusters: what each pair belongs to; pairs of one cluster (the checkpoints of one run) come or stay together.
+
+    Raises:
+        ValueError: not as many pairs as clusters.
+    """
+    own: dict[str, list[tuple[float, float]]] = {}
+    for one, other, cluster in zip(first, second, clusters, strict=True):
+        own.setdefault(cluster, []).append((one, other))
+    value = spearman(first, second)
+    if value is None:
+        return None
+    groups, rng, found = list(own.values()), np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = [pair for which in rng.integers(0, len(groups), size=len(groups)) for pair in groups[which]]
+        again = spearman([one for one, _ in drawn], [other for _, other in drawn])
+        if again is not None:
+            found.append(again)
+    low, high = np.percentile(found, [2.5, 97.5]) if found and len(groups) > 1 else (math.nan, math.nan)
+    return Measure(value, float(low), float(high), len(first))

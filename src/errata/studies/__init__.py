@@ -15,7 +15,8 @@ from errata.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from errata.model import EditableModel
-    from errata.studies.workbench import StudyOptions, StudyResult, Workbench
+    from errata.studies.result import StudyResult
+    from errata.studies.workbench import StudyOptions, Workbench
 
 __all__ = ["Study", "studies", "study"]
 
@@ -49,7 +50,7 @@ class Study:
         module, _, name = self.target.partition(":")
         make: Callable[[Workbench], StudyResult] = getattr(importlib.import_module(module), name)
         bench = Workbench(self, model, options, progress)
-        return bench.save(make(bench))
+        return make(bench).save(options.folder)
 
 
 _STUDIES = (

@@ -13,11 +13,13 @@ from typing import Any
 from errata.atlas.examine import examine_capabilities
 from errata.edit import Edit
 from errata.errors import ConfigError
-from errata.evaluation.figures import COLOURS, styled_figure
+from errata.evaluation.figures import COLOURS, label_ends, number, styled_figure, ticks
 from errata.evaluation.lifelong import capability_drop
 from errata.evaluation.metrics import held_until
-from errata.studies.figures import label_ends, number, ticks, titled
-from errata.studies.workbench import Arm, Published, StudyResult, Workbench, cell
+from errata.evaluation.tables import cell
+from errata.studies.figures import titled
+from errata.studies.result import Published, StudyResult
+from errata.studies.workbench import Arm, Workbench
 
 __all__ = ["abilities"]
 

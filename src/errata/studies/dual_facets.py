@@ -1,82 +1,73 @@
 """What a sequence of edits does to everything else, and why ("Navigating the Dual Facets", 2402.11122).
 
 The paper edits 7B models and asks eight benchmarks of six kinds; here atlas is edited and asked its own six
-capabilities of these kinds, which no edit is about. Three analyses stand beside the loss, as in the paper: how far
-weights have moved, language modelling by domain, and learning from examples in the prompt. Batches and depth are its
-mitigations that one model can show; instruction tuning takes atlas's tuned variant.
+capabilities of these kinds. Its claims stand in a table beside what was measured, with intervals. Batches and depth are
+mitigations that one model can show; instruction tuning takes atlas's tuned variant, edited and asked in its chat
+template, and size an atlas of another size (`errata atlas train --size small`, then `--beside FOLDER`).
 """
 
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from errata.adapters import Adapter
-from errata.atlas.capabilities import CAPABILITIES, Item, recital
-from errata.atlas.examine import examine_item
-from errata.datasets.builtin import held_out_texts
+from errata.atlas.instruct import chat_edit, chat_prompt
 from errata.edit import Edit
 from errata.errors import ConfigError
-from errata.evaluation.damage import firing_share
-from errata.evaluation.figures import COLOURS, styled_figure
-from errata.evaluation.metrics import answers_exactly, bootstrap_mean, finite_or_none
-from errata.evaluation.significance import spearman
+from errata.evaluation.figures import retention_lines
+from errata.evaluation.metrics import Measure, bootstrap_mean
+from errata.evaluation.significance import spearman_interval
+from errata.evaluation.tables import cell
 from errata.model import EditableModel
-from errata.studies.figures import label_ends, number, ticks, titled
-from errata.studies.workbench import Arm, StudyResult, Workbench, cell
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from errata.studies import facets
+from errata.studies.facet_figures import divergence_map, facet_panels
+from errata.studies.result import StudyResult, SubTable
+from errata.studies.workbench import Arm, Workbench
 
 __all__ = ["dual_facets"]
 
-_METHODS = ("mend", "rome", "memit", "alphaedit", "grace", "wise", "memoir")
+_METHODS = ("mend", "rome@reference", "rome", "memit", "alphaedit", "grace", "wise", "memoir")
+# ROME as EasyEdit ships it: two keys, no statistics.
+_SETTINGS = {"rome@reference": {"variant": "original", "use_statistics": False, "contexts": 5}}
 _CHECKPOINTS = (1, 5, 10, 20, 50, 100)
-_SHOTS = (1, 4)  # beside none
-_TAUGHT = ("professional", "multilingual", "code")  # of which examples are put in front of questions
-_ITEMS = 200  # of each capability; as many recitals
-_FEW = 60  # of each capability, where examples stand in front
-_LONGEST = 48  # tokens of a worked-out answer
-_MARKERS = "osD^vP*"
+_BATCHED = ("mend", "memit")
+_DEEPENED = "rome@reference"
+_ELSEWHERE = ("rome@reference", "memit")  # on the tuned model, and on one of another size
+_LOST = -0.05  # of accuracy: a whole interval below it counts as a loss
 
 
 def dual_facets(bench: Workbench) -> StudyResult:
     """Edit one after the other, examine the model at every checkpoint, then try what the paper says mitigates."""
     names = bench.methods(_METHODS)
+    arms = {name: bench.arm(name, _SETTINGS.get(name)) for name in names}
+    for arm in arms.values():
+        bench.config(arm)  # a setting that does not exist is found before anything is asked
     edits = bench.edits(bench.count(max(_CHECKPOINTS), quick=2))
     total = len(edits)
-    checkpoints = sorted({min(point, total) for point in _CHECKPOINTS} | {total})
-    arms = [bench.arm(name) for name in names]
-    for arm in arms:
-        bench.config(arm)  # a setting that does not exist is found before anything is asked
-    base = _state(bench, arms[0], edits[:1], "unedited", None)
-    if "1" not in "".join(base["right"].values()):
-        raise ConfigError(
-            "this model has none of atlas's capabilities, so it has none to lose; errata damage asks others"
+    own = _Subject("", bench, edits, lambda _, question: question)
+    others = [_beside(bench, name, edits) for name in bench.options.beside]
+    study = _Rows()
+    study.unedited(own)
+    for name in names:
+        study.edited(own, arms[name], sorted({min(point, total) for point in _CHECKPOINTS} | {total}))
+    trials = _mitigations(study, own, others, arms)
+    claims = _claims(study, names, trials, total)
+    modifying = [name for name in names if study.last(name)["divergence"] is not None]
+    bench.notes += _notes(bench)
+    told = ", ".join(f"{name} {cell(study.last(name)['change'])}" for name in names)
+    found = f"After {total} edits, accuracy on six capabilities changed by: {told}."
+    main = [row for row in study.rows if row["method"] in names or row["method"] == "unedited"]
+    figures = {
+        "Retention by age: edits still answered at the end, by how many were made since.": retention_lines(main[1:])
+    }
+    if modifying:
+        figures["How far each layer's weight has moved: one less its cosine with itself unedited."] = divergence_map(
+            main, modifying
         )
-    rows = [{"method": "unedited", "edits": 0, **_summary(base, base)}]
-    for arm in arms:
-        rows += [
-            {**row, **_summary(base, _after(bench, arm, edits, checkpoints, row["edits"]))}
-            for row in bench.run([arm], edits, checkpoints)
-        ]
-    rows += _mitigations(bench, names, edits, base)
-    claims = _claims(rows, names, total)
-    bench.notes += claims
-    bench.notes += [
-        "change: accuracy with edits less accuracy without, over the same items of all six capabilities; intervals are "
-        "bootstrapped over items",
-        "shots_N: questions behind N examples; shots_N_shuffled: the examples carry each other's answers; recital: a "
-        "list from the prompt said again",
-        "divergence: one less the cosine of the most changed weight with itself unedited; fires: share of unrelated "
-        "prompts on which a routed memory acts",
-        "every capability, all domains of text and numbers of examples: result.json",
-        "model size is not among the mitigations: only one size of atlas comes with errata",
-    ]
     return bench.result(
-        found=claims[0],
+        found=found,
         columns=(
             "method",
             "edits",
@@ -87,216 +78,232 @@ def dual_facets(bench: Workbench) -> StudyResult:
             "fires",
             "perplexity_prose",
         ),
-        rows=rows,
-        figure=_figure(rows, names, claims[0]),
+        rows=study.rows,
+        tables=[SubTable("What the paper claims, and what was measured", ("claim", "measured", "holds here"), claims)],
+        figure=facet_panels(main, names, found),
+        more_figures=figures,
     )
 
 
-# --- one state of the model -----------------------------------------------------------------------------------------
+def _notes(bench: Workbench) -> list[str]:
+    notes = [
+        "change: accuracy with edits less accuracy without, over the same items of all six capabilities; intervals are "
+        "bootstrapped over items",
+        f"a loss is a change whose whole interval lies below {_LOST}",
+        "shots_N: questions behind N examples; shots_N_shuffled: the examples carry each other's answers; recital: a "
+        "list from the prompt said again",
+        "divergence: one less the cosine of the most changed weight with itself unedited; fires: share of unrelated "
+        "prompts on which a routed memory acts",
+        "rome@reference: two keys and no statistics, as EasyEdit ships it; rome: r-ROME with statistics",
+        "every capability, all domains of text and numbers of examples: result.json",
+    ]
+    if not bench.options.beside:
+        notes.append(
+            "size was not measured: train an atlas of another size (errata atlas train --size small --out FOLDER) and "
+            "give it: --beside FOLDER"
+        )
+    return notes
 
 
-def _ask(model: EditableModel, prompts: Sequence[str], items: Sequence[Item]) -> str:
-    """Per item whether the answer is right, as ones and zeros."""
-    said = model.generate(list(prompts), max_new_tokens=_LONGEST)
-    lines = [text.strip().partition("\n")[0] for text in said]
-    return "".join(str(int(examine_item(line, item))) for line, item in zip(lines, items, strict=True))
+# --- what is edited and asked ---------------------------------------------------------------------------------------
 
 
-def _with_examples(items: Sequence[Item], drawn: Sequence[Sequence[Item]], shuffled: bool) -> list[str]:
-    """Every question behind its examples; shuffled, each example has the answer of the one before it."""
-    prompts = []
-    for item, examples in zip(items, drawn, strict=True):
-        answers = [example.answer for example in examples]
-        if shuffled:
-            answers = [answers[-1], *answers[:-1]]
-        gaps = ["" if example.prompt.endswith("\n") else " " for example in examples]
-        told = "".join(f"{e.prompt}{gap}{a}\n" for e, gap, a in zip(examples, gaps, answers, strict=True))
-        prompts.append(told + item.prompt)
-    return prompts
+@dataclass
+class _Subject:
+    """A model under study: what it is called behind a method, the edits as it is given them, how it is asked."""
+
+    label: str
+    bench: Workbench
+    edits: Sequence[Edit]
+    ask: facets.Ask
+
+    def state(self, arm: Arm, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
+        """What is found after so many edits: from a finished row, or from the adapter that was kept there."""
+        if count:
+            with self.bench.edited(arm, self.edits, [point for point in checkpoints if point <= count]) as adapter:
+                return self._kept(arm, count, adapter)
+        return self._kept(Arm({"method": "unedited"}, arm.method, {}), 0, None)
+
+    def _kept(self, arm: Arm, count: int, adapter: Any) -> dict[str, Any]:
+        make = functools.partial(facets.examine, self.bench.model, adapter, self.ask, self.bench.progress)
+        return self.bench.row(arm, self.edits[:count], ["dual facets", self.label, facets.SIZES], make)
 
 
-def _examined(bench: Workbench, adapter: Adapter | None) -> dict[str, Any]:
-    """Everything that is asked of one state of the model."""
-    model, progress = bench.model, bench.progress
-    domains = {
-        "prose": held_out_texts(120),
-        **{
-            name: [f"{item.prompt} {item.answer}" for item in CAPABILITIES[name].test[:_ITEMS]]
-            for name in ("multilingual", "reading")
-        },
-    }
-    ways = [(count, shuffled) for count in _SHOTS for shuffled in (False, True) if count > 1 or not shuffled]
-    progress.start("capabilities", len(CAPABILITIES) + len(_TAUGHT) * len(ways))
-    right = {}
-    for name, task in CAPABILITIES.items():
-        right[name] = _ask(model, [item.prompt for item in task.test[:_ITEMS]], task.test[:_ITEMS])
-        progress.advance(note=name)
-    shots: dict[str, str] = {"shots_0": "".join(right[name][:_FEW] for name in _TAUGHT)}
-    for count, shuffled in ways:
-        found = ""
-        for name in _TAUGHT:
-            items = CAPABILITIES[name].test[:_FEW]
-            rng = random.Random(f"examples {name} {count}")
-            drawn = [[CAPABILITIES[name].draw(rng) for _ in range(count)] for _ in items]
-            found += _ask(model, _with_examples(items, drawn, shuffled), items)
-            progress.advance(note=f"{count} examples")
-        shots[f"shots_{count}{'_shuffled' * shuffled}"] = found
-    rng = random.Random("recitals")
-    sayings = [recital(rng) for _ in range(_ITEMS)]
-    said = model.generate([one.prompt for one in sayings], max_new_tokens=_LONGEST)
-    recited = "".join(str(int(answers_exactly(text, one.answer))) for text, one in zip(said, sayings, strict=True))
-    changes = [] if adapter is None else adapter.layer_changes(model)
-    similar = [change.similarity for change in changes if change.similarity is not None]
-    unrelated = [item.prompt for task in CAPABILITIES.values() for item in task.test[:30]]
-    return {
-        "right": right,
-        "shots": shots,
-        "recited": recited,
-        "perplexity": {domain: finite_or_none(model.perplexity(texts)) for domain, texts in domains.items()},
-        "divergence": 1 - min(similar) if similar else None,
-        "fires": None if adapter is None or adapter.changes_weights else firing_share(adapter, unrelated),
-        "layers": [dict(vars(change)) for change in changes],
-    }
+def _beside(bench: Workbench, name: str, edits: Sequence[Edit]) -> _Subject:
+    model = EditableModel.load(name)
+    if model.fingerprint == bench.model.fingerprint:
+        raise ConfigError(f"--beside {name} is the model of the study itself; give one of another size")
+    return _Subject(f" on {name.rstrip('/').rpartition('/')[2]}", bench.beside(model), edits, lambda _, text: text)
 
 
-def _state(bench: Workbench, arm: Arm, edits: Sequence[Edit], part: str, adapter: Adapter | None) -> dict[str, Any]:
-    sizes = [_ITEMS, _FEW, *_SHOTS]
-    return bench.row(arm, edits, ["dual facets", part, sizes], functools.partial(_examined, bench, adapter))
+def _tuned(bench: Workbench, edits: Sequence[Edit]) -> _Subject:
+    """The tuned atlas, edited and asked in its chat template, but for code, which it was not tuned on."""
+    model = EditableModel.load("atlas-instruct")
+    return _Subject(
+        " on atlas-instruct",
+        bench.beside(model),
+        [chat_edit(model, edit) for edit in edits],
+        lambda name, question: question if name == "code" else chat_prompt(model, question),
+    )
 
 
-def _after(bench: Workbench, arm: Arm, edits: Sequence[Edit], checkpoints: Sequence[int], count: int) -> dict[str, Any]:
-    """What is found after so many edits, from a finished row or from the adapter that was kept there."""
-    points = [point for point in checkpoints if point <= count]
-    with bench.edited(arm, edits, points) as adapter:
-        return _state(bench, arm, edits[:count], "edited", adapter)
+@dataclass
+class _Rows:
+    """All rows, and what was found of each state."""
 
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gains: dict[str, list[int]] = field(default_factory=dict)  # of each run's last state, per item
 
-def _share(bits: str) -> float:
-    return bits.count("1") / len(bits)
+    def unedited(self, subject: _Subject) -> None:
+        """Ask a model before any edit. Raises ConfigError when it has nothing to lose."""
+        base = subject.state(Arm({"method": "unedited"}, "ft", {}), 0, [])
+        if "1" not in "".join(base["right"].values()):
+            raise ConfigError(
+                f"{subject.bench.model.model_id} has none of atlas's capabilities, so it has none to lose; errata "
+                "damage asks others"
+            )
+        self.bases[subject.label] = base
+        self.rows.append({"method": f"unedited{subject.label}", "edits": 0, **facets.summary(base, base)})
 
+    def edited(self, subject: _Subject, arm: Arm, checkpoints: Sequence[int]) -> None:
+        base = self.bases[subject.label]
+        for row in subject.bench.run([arm], subject.edits, checkpoints):
+            now = subject.state(arm, row["edits"], checkpoints)
+            self.rows.append({**row, **facets.summary(base, now)})
+            self.gains[row["method"]] = facets.gains(base, now)
 
-def _summary(base: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    before, after = "".join(base["right"].values()), "".join(now["right"].values())
-    change = bootstrap_mean([int(b) - int(a) for a, b in zip(before, after, strict=True)])
-    return {
-        "change": change.value,
-        "change_interval": [change.low, change.high],
-        **{name: _share(bits) for name, bits in now["right"].items()},
-        **{name: _share(bits) for name, bits in now["shots"].items()},
-        "recital": _share(now["recited"]),
-        **{f"perplexity_{domain}": value for domain, value in now["perplexity"].items()},
-        "divergence": now["divergence"],
-        "fires": now["fires"],
-        "layers": now["layers"],
-    }
+    def last(self, method: str) -> dict[str, Any]:
+        return [row for row in self.rows if row["method"] == method][-1]
 
 
 # --- what the paper says mitigates ----------------------------------------------------------------------------------
 
 
-def _mitigations(
-    bench: Workbench, names: Sequence[str], edits: Sequence[Edit], base: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The first edits alone, by located editors in other batches and other layers, and on the tuned variant."""
-    rows, total = [], len(edits)
+@dataclass(frozen=True)
+class _Trial:
+    """A mitigation: the run that has it, and the one that has not."""
 
-    def add(
-        label: str, method: str, settings: Mapping[str, Any], where: Workbench, unedited: Mapping[str, Any]
-    ) -> None:
-        arm = Arm({"method": label}, method, {**bench.options.settings.get(method, {}), **settings})
-        (row,) = where.run([arm], edits, [total])
-        rows.append({**row, **_summary(unedited, _after(where, arm, edits, [total], total))})
+    claim: str
+    run: str
+    against: str
 
-    if "memit" in names:
+
+def _mitigations(study: _Rows, own: _Subject, others: Sequence[_Subject], arms: Mapping[str, Arm]) -> list[_Trial]:
+    """The same edits in other batches and other layers, on the tuned variant, and on models of another size."""
+    total, trials = len(own.edits), []
+
+    def run(subject: _Subject, label: str, name: str, settings: Mapping[str, Any]) -> None:
+        study.edited(subject, Arm({"method": label}, arms[name].method, settings), [total])
+
+    for name in (name for name in _BATCHED if name in arms):
         for size in sorted({min(10, total), total} - {1}):
-            add(f"memit, batches of {size}", "memit", {"batch_size": size}, bench, base)
-    if "rome" in names:
-        blocks = len(bench.model.anatomy.mlp_output)
-        for layer in sorted({0, blocks // 2, blocks - 1}):
-            add(f"rome, layer {layer}", "rome", {"layer": layer}, bench, base)
-    if bench.model.model_id == "atlas" and "memit" in names:
-        tuned = Workbench(bench.study, EditableModel.load("atlas-instruct"), bench.options, bench.progress)
-        arm = Arm({"method": "memit, instruction-tuned"}, "memit", {})
-        unedited = _state(tuned, arm, edits[:1], "unedited", None)
-        add("memit, instruction-tuned", "memit", {}, tuned, unedited)
-    return rows
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    low, high = row["change_interval"]
-    return f"{row['change']:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _claims(rows: Sequence[Mapping[str, Any]], names: Sequence[str], total: int) -> list[str]:
-    """The paper's claims as far as they were measured, each with what was found."""
-    last = {row["method"]: row for row in rows if row["edits"] == total}
-    lost = [f"{name} {_told(last[name])}" for name in names]
-    claims = [f"After {total} edits, accuracy on six capabilities changed by: {', '.join(lost)}."]
-    for name in names:
-        own = [row for row in rows if row["method"] == name]
-        fell = next((row["edits"] for row in own if row["change_interval"][1] < -0.05), None)
-        if fell is not None:
-            claims.append(f"{name}: the whole interval of its change lies below -0.05 at {fell} edits")
-    if "grace" in names:
-        row = last["grace"]
-        claims.append(
-            f"grace: capabilities {_told(row)}, reliability {cell(row['reliability'])}, generalization "
-            f"{cell(row['generalization'])}"
-        )
-    for label, row in last.items():
-        if label not in names and label != "unedited":
-            claims.append(f"{label}: capabilities {_told(row)}, reliability {cell(row['reliability'])}")
-    moved = [row for row in rows if row["divergence"] is not None]
-    if len(moved) > 2:
-        rho = spearman([row["divergence"] for row in moved], [row["change"] for row in moved])
-        claims.append(
-            f"divergence of weights and change of accuracy over {len(moved)} edited models: rank correlation "
-            f"{cell(rho)}"
-        )
-    return claims
-
-
-# --- the figure -----------------------------------------------------------------------------------------------------
-
-
-def _figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> Any:
-    """Six capabilities, then divergence against loss, perplexity of prose, and examples in the prompt."""
-    figure, axes = styled_figure(14, 10.5, 3, 3)
-    base = rows[0]
-    panels = [(name, name.replace("_", " "), axis) for name, axis in zip(CAPABILITIES, axes[:6], strict=True)]
-    panels += [("perplexity_prose", "perplexity of prose", axes[7]), ("shots_4", "answers behind 4 examples", axes[8])]
-    for column, label, axis in panels:
-        _over_edits(axis, rows, names, column, label)
-        axis.axhline(number(base[column]), color="#9a9a9a", linestyle="--", linewidth=1)
-    axes[7].set_yscale("log")
-    cloud = axes[6]
-    for place, name in enumerate(names):
-        own = [row for row in rows if row["method"] == name and row["divergence"] is not None]
-        if own:
-            cloud.plot(
-                [row["divergence"] for row in own],
-                [row["change"] for row in own],
-                _MARKERS[place % 7],
-                color=COLOURS[place % len(COLOURS)],
-                label=name,
+            run(own, f"{name}, batches of {size}", name, {**arms[name].settings, "batch_size": size})
+            trials.append(_Trial("Larger batches lose less", f"{name}, batches of {size}", name))
+    if _DEEPENED in arms:
+        usual: int = vars(own.bench.config(arms[_DEEPENED]))["layer"]
+        blocks = len(own.bench.model.anatomy.mlp_output)
+        for layer in sorted({blocks // 2, blocks - 1} - set(range(usual + 1))):
+            run(own, f"{_DEEPENED}, layer {layer}", _DEEPENED, {**arms[_DEEPENED].settings, "layer": layer})
+            trials.append(
+                _Trial(f"Editing deeper than layer {usual} loses less", f"{_DEEPENED}, layer {layer}", _DEEPENED)
             )
-    cloud.set(xlabel="divergence of the most changed weight", ylabel="change of accuracy")
-    cloud.set_xscale("log")
-    if cloud.get_legend_handles_labels()[0]:
-        cloud.legend(fontsize=8, frameon=False)
-    return titled(figure, title)
+    tried = [name for name in _ELSEWHERE if name in arms]
+    tuned = [_tuned(own.bench, own.edits)] if own.bench.model.model_id == "atlas" and tried else []
+    for subject in (*tuned, *(others if tried else ())):
+        study.unedited(subject)
+        for name in tried:
+            # The very settings of the study's own model; those that another model would have by itself differ.
+            settings = {key: value for key, value in vars(own.bench.config(arms[name])).items() if key != "source"}
+            run(subject, name + subject.label, name, settings)
+            if subject in tuned:
+                trials.append(_Trial("Instruction tuning makes it lose less", name + subject.label, name))
+            elif _parameters(subject) < _parameters(own):
+                trials.append(_Trial(f"A larger model than{subject.label[3:]} loses less", name, name + subject.label))
+            else:
+                trials.append(_Trial(f"The larger{subject.label[3:]} loses less", name + subject.label, name))
+    return trials
 
 
-def _over_edits(axis: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], column: str, label: str) -> None:
-    ends = []
-    for place, name in enumerate(names):
-        own = [row for row in rows if row["method"] == name]
-        values = [number(row[column]) for row in own]
-        colour = COLOURS[place % len(COLOURS)]
-        axis.plot([row["edits"] for row in own], values, marker=_MARKERS[place % 7], color=colour, markersize=4)
-        ends.append((own[-1]["edits"], values[-1], name, colour))
-    axis.set(xlabel="sequential edits", title=label, xscale="log")
-    if not column.startswith("perplexity"):
-        axis.set_ylim(-0.03, 1.05)
-    ticks(axis, sorted({row["edits"] for row in rows if row["edits"]}))
-    label_ends(axis, ends)
+def _parameters(subject: _Subject) -> int:
+    return sum(parameter.numel() for parameter in subject.bench.model.model.parameters())
+
+
+# --- the claims -----------------------------------------------------------------------------------------------------
+
+
+def _told(row: Mapping[str, Any], name: str = "change") -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{cell(row[name])} ({cell(low)} to {cell(high)})"
+
+
+def _between(measure: Measure) -> str:
+    return f"{measure.value:+.2f} ({measure.low:+.2f} to {measure.high:+.2f})"
+
+
+def _claims(study: _Rows, names: Sequence[str], trials: Sequence[_Trial], total: int) -> list[dict[str, str]]:
+    """The paper's claims as far as they were measured, each with what was found and whether that agrees."""
+    claims: list[dict[str, str]] = []
+
+    def say(claim: str, measured: str, holds: str) -> None:
+        claims.append({"claim": claim, "measured": measured, "holds here": holds})
+
+    modifying = [name for name in names if study.last(name)["divergence"] is not None]
+    fell = {}
+    for name in modifying:
+        own = [row for row in study.rows if row["method"] == name]
+        fell[name] = next((row["edits"] for row in own if row["change_interval"][1] < _LOST), None)
+    if modifying:
+        measured = "; ".join(
+            f"{name} " + (f"from {at} edits, " if at else "not, ") + f"{_told(study.last(name))} at {total}"
+            for name, at in fell.items()
+        )
+        lost = [name for name, at in fell.items() if at]
+        holds = "yes" if len(lost) == len(modifying) else f"for {', '.join(lost)} only" if lost else "no"
+        say("Methods that change weights lose capabilities within tens of edits", measured, holds)
+    if "grace" in names:
+        row = study.last("grace")
+        kept = row["change_interval"][0] > _LOST
+        general = row["generalization"] is not None and row["generalization_interval"][1] >= 0.5
+        measured = f"capabilities {_told(row)}; reliability {cell(row['reliability'])}"
+        if row["generalization"] is not None:
+            measured += f", other wordings {_told(row, 'generalization')}"
+        say(
+            "GRACE keeps capabilities, and does not answer other wordings",
+            measured,
+            "yes" if kept and not general else "it generalizes" if kept else "no",
+        )
+    for trial in trials:
+        with_it, without = study.last(trial.run), study.last(trial.against)
+        pairs = zip(study.gains[trial.run], study.gains[trial.against], strict=True)
+        more = bootstrap_mean([ours - theirs for ours, theirs in pairs])
+        say(
+            trial.claim,
+            f"{trial.run} {_told(with_it)}, reliability {cell(with_it['reliability'])}; {trial.against} "
+            f"{_told(without)}, {cell(without['reliability'])}; difference {_between(more)}",
+            "yes" if more.low > 0 else "the other way round" if more.high < 0 else "no difference to be seen",
+        )
+    moved = [row for row in study.rows if row["method"] in modifying]
+    for what, column in (
+        ("Weights that have moved further have lost more", "divergence"),
+        ("So has language modelling (perplexity of prose)", "perplexity_prose"),
+        ("So has what is read from the prompt (a recital)", "recital"),
+        ("So have answers behind one example", "shots_1"),
+    ):
+        say(what, *_together(moved, column, falls=column in ("recital", "shots_1")))
+    return [claim for claim in claims if claim["measured"]]
+
+
+def _together(rows: Sequence[Mapping[str, Any]], column: str, *, falls: bool) -> tuple[str, str]:
+    """Whether the change of accuracy goes with a column; `falls` where less of the column means more damage."""
+    told = [row for row in rows if row[column] is not None]
+    runs = [row["method"] for row in told]
+    found = spearman_interval([row[column] for row in told], [row["change"] for row in told], runs)
+    if len(told) < 3 or found is None:
+        return "", ""
+    agrees = found.low > 0 if falls else found.high < 0
+    against = found.high < 0 if falls else found.low > 0
+    return (
+        f"rank correlation {_between(found)} over {len(told)} edited models of {len(set(runs))} runs",
+        "yes" if agrees else "the other way round" if against else "not to be told",
+    )

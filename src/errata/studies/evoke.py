@@ -15,9 +15,11 @@ from errata.edit import Edit
 from errata.editors import editor_class
 from errata.errors import ConfigError
 from errata.evaluation.rankings import rank_answers
+from errata.evaluation.tables import cell
 from errata.progress import NO_PROGRESS
 from errata.studies.figures import dots
-from errata.studies.workbench import Arm, StudyResult, Workbench, cell, measured
+from errata.studies.result import StudyResult
+from errata.studies.workbench import Arm, Workbench, measured
 
 __all__ = ["evoke"]
 

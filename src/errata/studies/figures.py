@@ -10,14 +10,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from errata.evaluation.figures import COLOURS, styled_figure
-from errata.studies.workbench import cell
+from errata.evaluation.figures import COLOURS, label_ends, number, styled_figure
+from errata.evaluation.tables import cell
+from errata.evaluation.triangle import triangle_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "dots", "gaps", "label_ends", "lines", "property_lines", "ticks", "titled", "triangles"]
+__all__ = ["INK", "dots", "gaps", "lines", "property_lines", "titled", "triangles"]
 
 INK = "#333333"
 _GREY = "#9a9a9a"
@@ -40,34 +41,6 @@ def titled(figure: Figure, title: str) -> Figure:
     return figure
 
 
-def number(value: float | None) -> float:
-    """What JSON holds, for an axis: None leaves a gap."""
-    return math.nan if value is None else float(value)
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.055) -> None:
-    """Name lines at their right ends (x, y, name, colour), pushed apart vertically where they would overlap.
-
-    Args:
-        gap: least distance between two names, as a share of the axis.
-    """
-    low, high = axes.get_ylim()
-    room = gap * (high - low)
-    known = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    places: list[float] = []
-    for _, y, _, _ in known:
-        places.append(max(y, places[-1] + room) if places else y)
-    over = max(0.0, places[-1] - high) if places else 0.0  # the topmost may stand at the edge, not above it
-    for at in reversed(range(len(places))):
-        limit = high if at == len(places) - 1 else places[at + 1] - room
-        places[at] = min(places[at], limit) if over else places[at]
-    for (x, _, name, colour), y in zip(known, places, strict=True):
-        axes.annotate(
-            name, (x, y), xytext=(7, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
-
-
 def lines(axes: Axes, rows: Sequence[Row], x: str, y: str, colour: str, marker: str) -> tuple[float, float]:
     """One line over x with its interval as a band; returns its right end."""
     rows = sorted(rows, key=lambda row: row[x])
@@ -86,12 +59,6 @@ def property_lines(rows: Sequence[Row], x: str, label: str, title: str, *, log: 
     ends = [(*lines(axes, rows, x, name, _COLOURS[name], _MARKERS[name]), name, _COLOURS[name]) for name in asked]
     label_ends(axes, ends)
     return titled(figure, title), axes
-
-
-def ticks(axes: Axes, values: Sequence[float], names: Sequence[str] | None = None) -> None:
-    """Ticks at the measured places alone, also on a scale of logarithms."""
-    axes.set_xticks(values, names or [f"{value:g}" for value in values], fontsize=8)
-    axes.minorticks_off()
 
 
 def dots(
@@ -175,55 +142,6 @@ def gaps(rows: Sequence[Row], title: str) -> Figure:
     return titled(figure, title)
 
 
-_CORNERS = {"reliability": 90.0, "generalization": 330.0, "locality": 210.0}  # degrees
-
-
-def _corner(name: str, share: float) -> tuple[float, float]:
-    angle = math.radians(_CORNERS[name])
-    return share * math.cos(angle), share * math.sin(angle)
-
-
-def _triangle(axes: Axes, share: float, **style: Any) -> None:
-    places = [_corner(name, share) for name in (*_CORNERS, "reliability")]
-    axes.plot([x for x, _ in places], [y for _, y in places], **style)
-
-
 def triangles(rows: Sequence[Row], title: str) -> Figure:
-    """One triangle per method (row) and number of edits (column): how far each property reaches towards its corner.
-
-    The outer triangle is everything kept; a method that gives one property up for the others loses that corner.
-    """
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    counts = sorted({row["edits"] for row in rows})
-    figure, axes = styled_figure(0.9 + 2.0 * len(counts), 1.2 + 1.75 * len(methods), len(methods), len(counts))
-    cells = {(row["method"], row["edits"]): row for row in rows}
-    for place, one in enumerate(axes):
-        method, count = methods[place // len(counts)], counts[place % len(counts)]
-        colour = COLOURS[(place // len(counts)) % len(COLOURS)]
-        one.set(xlim=(-1.2, 1.2), ylim=(-0.85, 1.3), aspect="equal", xticks=[], yticks=[])
-        one.spines[:].set_visible(False)
-        one.grid(alpha=0.0)
-        _triangle(one, 0.5, color="#d8d8d8", linewidth=0.7)
-        _triangle(one, 1.0, color=_GREY, linewidth=0.9)
-        if place < len(counts):
-            one.set_title(f"after {count:,} edit{'s' * (count > 1)}", fontsize=10, pad=14)
-        if place % len(counts) == 0:
-            one.set_ylabel(method, fontsize=12, color=colour, weight="bold", rotation=0, ha="right", va="center")
-        row = cells.get((method, count))
-        if row is None:
-            continue
-        values = {name: number(row[name]) for name in _CORNERS}
-        outline = [_corner(name, value) for name, value in values.items() if math.isfinite(value)]
-        one.fill([x for x, _ in outline], [y for _, y in outline], color=colour, alpha=0.35, linewidth=0)
-        one.plot(*zip(*outline, outline[0], strict=True), color=colour, linewidth=1.8)
-        for name, value in values.items():
-            x, y = _corner(name, 1.0)
-            above = name == "reliability"
-            word = f"{name}\n" if place == 0 else ""
-            one.annotate(
-                f"{word}{value:.2f}" if above else f"{value:.2f}\n{word}".rstrip(), (x, y),
-                xytext=(0, 3 if above else -3), textcoords="offset points", ha="center", fontsize=8.5,
-                va="bottom" if above else "top", color=INK,
-            )  # fmt: skip
-    figure.supxlabel("share of generated answers; grey outlines: all of them, and half", fontsize=8.5, color=INK)
-    return titled(figure, title)
+    """Triangles over methods and numbers of edits, below their finding."""
+    return titled(triangle_figure(rows), title)

@@ -6,8 +6,10 @@ from typing import Any
 
 from errata.adapters import KeyedAdapter
 from errata.editors.grace import Grace, GraceConfig
-from errata.studies.figures import INK, property_lines, ticks
-from errata.studies.workbench import PROPERTIES, Published, StudyResult, Workbench
+from errata.evaluation.figures import ticks
+from errata.studies.figures import INK, property_lines
+from errata.studies.result import Published, StudyResult
+from errata.studies.workbench import PROPERTIES, Workbench
 
 __all__ = ["radius"]
 

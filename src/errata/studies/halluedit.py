@@ -16,9 +16,11 @@ from errata.errors import ConfigError
 from errata.evaluation import Result
 from errata.evaluation.challenge import DOUBT, challenged, shown_at
 from errata.evaluation.metrics import answers_exactly, best_answer
+from errata.evaluation.tables import cell
 from errata.evaluation.wrong_facts import find_wrong_facts
 from errata.studies.figures import dots
-from errata.studies.workbench import StudyResult, Workbench, cell, measured
+from errata.studies.result import StudyResult
+from errata.studies.workbench import Workbench, measured
 
 __all__ = ["halluedit"]
 

@@ -18,13 +18,14 @@ from errata.edit import Edit
 from errata.editors.memoir import MemoirConfig
 from errata.errors import ConfigError
 from errata.evaluation import Result
-from errata.evaluation.figures import COLOURS, styled_figure
+from errata.evaluation.figures import COLOURS, label_ends, styled_figure, ticks
 from errata.evaluation.metrics import answers_exactly, bootstrap_mean, held_until
 from errata.evaluation.significance import spearman
 from errata.model.anatomy import weight_of
 from errata.routing import TopHashRouter, chance_overlap, relative_threshold
-from errata.studies.figures import INK, dots, label_ends, lines, property_lines, ticks, titled
-from errata.studies.workbench import PROPERTIES, Arm, Published, StudyResult, Workbench, share
+from errata.studies.figures import INK, dots, lines, property_lines, titled
+from errata.studies.result import Published, StudyResult
+from errata.studies.workbench import PROPERTIES, Arm, Workbench, share
 
 __all__ = ["ablation", "collisions", "density", "k_sweep", "layers", "long", "sanity", "threshold"]
 

@@ -14,8 +14,9 @@ from errata.adapters.sentences import encoder_for
 from errata.editors import editor_names, method_of
 from errata.errors import ConfigError
 from errata.studies.figures import gaps
+from errata.studies.result import Published, StudyResult
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import Published, StudyResult, Workbench
+from errata.studies.workbench import Workbench
 
 __all__ = ["mirage"]
 

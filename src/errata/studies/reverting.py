@@ -12,9 +12,11 @@ from errata.edit import Edit
 from errata.errors import ConfigError, EditError
 from errata.evaluation import Examination, Result
 from errata.evaluation.metrics import answers_exactly, bootstrap_mean
+from errata.evaluation.tables import cell
 from errata.studies.figures import dots
+from errata.studies.result import StudyResult
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import StudyResult, Workbench, cell, measured, share
+from errata.studies.workbench import Workbench, measured, share
 
 __all__ = ["revert"]
 

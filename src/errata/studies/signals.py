@@ -17,11 +17,12 @@ from errata.edit import Edit
 from errata.editors.grace import Grace, GraceConfig
 from errata.editors.memoir import Memoir, MemoirConfig
 from errata.errors import ConfigError
-from errata.evaluation.figures import COLOURS, styled_figure
+from errata.evaluation.figures import COLOURS, label_ends, number, styled_figure
 from errata.model.spans import spellings
 from errata.routing import TopHashRouter
-from errata.studies.figures import label_ends, number, titled
-from errata.studies.workbench import Arm, StudyResult, Workbench, measured, share
+from errata.studies.figures import titled
+from errata.studies.result import StudyResult
+from errata.studies.workbench import Arm, Workbench, measured, share
 
 __all__ = ["routing"]
 

@@ -18,11 +18,13 @@ from errata.edit import Edit, Probe
 from errata.errors import ConfigError
 from errata.evaluation import Examination, finite_or_none
 from errata.evaluation.metrics import bootstrap_mean
+from errata.evaluation.tables import cell
 from errata.model import EditableModel
 from errata.model.scoring import ForcedAnswer, forced_answers
 from errata.studies.figures import dots
+from errata.studies.result import Published, StudyResult
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import Arm, Published, StudyResult, Workbench, cell, share
+from errata.studies.workbench import Arm, Workbench, share
 
 __all__ = ["hallucination", "temporal"]
 

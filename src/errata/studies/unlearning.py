@@ -16,10 +16,12 @@ from errata.edit import Edit, Probe
 from errata.editors import editor_class, method_of
 from errata.evaluation import finite_or_none
 from errata.evaluation.preference import harmonic_mean
+from errata.evaluation.tables import cell
 from errata.evaluation.unlearning import MEASURES, Unlearning, UnlearningExamination
 from errata.studies.figures import dots
+from errata.studies.result import StudyResult
 from errata.studies.wise import whole_shards
-from errata.studies.workbench import Arm, StudyResult, Workbench, cell
+from errata.studies.workbench import Arm, Workbench
 from errata.unlearning import ForgetEdit, about_subjects, facts_to_forget, forget_edits
 
 __all__ = ["unlearn"]

@@ -11,7 +11,8 @@ from typing import Any
 from errata.editors import editor_class
 from errata.evaluation import Examination, run_singles
 from errata.studies.figures import dots
-from errata.studies.workbench import PROPERTIES, Arm, StudyResult, Workbench, properties
+from errata.studies.result import StudyResult
+from errata.studies.workbench import PROPERTIES, Arm, Workbench, properties
 
 __all__ = ["singles"]
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from errata.errors import ConfigError
-from errata.evaluation.figures import COLOURS, styled_figure
-from errata.studies.figures import dots, label_ends, lines, ticks, titled, triangles
-from errata.studies.workbench import PROPERTIES, Arm, Published, StudyResult, Workbench
+from errata.evaluation.figures import COLOURS, label_ends, styled_figure, ticks
+from errata.studies.figures import dots, lines, titled, triangles
+from errata.studies.result import Published, StudyResult
+from errata.studies.workbench import PROPERTIES, Arm, Workbench
 
 __all__ = ["margins", "masks", "merging", "triangle", "whole_shards"]
 

@@ -1,8 +1,8 @@
 """What every study stands on: its edits, sequential runs that are made once, finished rows, and the files it leaves.
 
 A folder of a study holds `rows.jsonl` (every row that was ever finished in it, under a key of all it depends on), a
-comparison for each run below `runs/`, and of the last call `result.json`, `table.md` and `figure.png`. Called again
-after a kill, or with more edits, a study makes only what is missing.
+comparison for each run below `runs/`, and of the last call a page, tables and a figure. Called again after a kill, or
+with more edits, a study makes only what is missing.
 
 Knows editors and evaluation. Knows nothing of what a single study asks.
 """
@@ -10,7 +10,6 @@ Knows editors and evaluation. Knows nothing of what a single study asks.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,13 @@ from errata.edit import Edit
 from errata.editors import EditorConfig, editor_class, method_of
 from errata.errors import ConfigError, unknown_name
 from errata.evaluation import Comparison, Examination, finite_or_none, run_provenance
-from errata.evaluation.figures import save_figure
+from errata.evaluation.examples import examples_of
 from errata.evaluation.metrics import bootstrap_mean
-from errata.evaluation.rows import RowFile, digest, write_json
+from errata.evaluation.page import Grid
+from errata.evaluation.rows import RowFile, digest
 from errata.model import EditableModel
 from errata.progress import Progress
+from errata.studies.result import StudyResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PROPERTIES",
     "Arm",
-    "Published",
     "StudyOptions",
-    "StudyResult",
     "Workbench",
-    "cell",
     "measured",
     "properties",
     "scores",
@@ -64,7 +62,9 @@ class StudyOptions:
         settings: per method, settings that differ from the default.
         data: a file of edits; needed on any model but atlas, and by the studies of one data set.
         words: texts behind prompts are cut to so many words where a study edits long texts; 0 cuts nothing.
+        beside: models of another size, folders or hub ids, where a study asks what size does.
         quick: a handful of edits, to see that all of it runs.
+        command: what makes the study again, to be printed on its page.
     """
 
     folder: Path
@@ -74,48 +74,9 @@ class StudyOptions:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Path | None = None
     words: int = 40
+    beside: tuple[str, ...] = ()
     quick: bool = False
-
-
-@dataclass(frozen=True)
-class Published:
-    """One row of a paper's table, to be printed beside ours: other models, other edits, teacher-forced."""
-
-    what: str
-    values: Mapping[str, float]
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyResult:
-    """What a study gives.
-
-    Attributes:
-        found: the answer to its question, in one sentence computed from the rows.
-        columns: of the table; a row may hold more.
-        numbers: single numbers that the sentence rests on.
-        published: what papers report of the same question.
-        notes: what has to be known to read the table.
-        provenance: how the rows were made.
-        files: what was written, by what it is.
-    """
-
-    name: str
-    question: str
-    found: str
-    columns: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
-    figure: Figure
-    numbers: Mapping[str, float | None] = field(default_factory=dict)
-    published: Sequence[Published] = ()
-    notes: Sequence[str] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    def to_record(self) -> dict[str, Any]:
-        """Everything but the figure itself, as JSON."""
-        record = {name: value for name, value in vars(self).items() if name != "figure"}
-        return {**record, "published": [vars(one) for one in self.published]}
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +118,7 @@ def scores(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **properties(row),
         "at_once": row["immediate"]["reliability"]["generated"],
+        "retention": row["retention"],
         "refused": row["edits_refused"],
         "seconds_per_edit": row["seconds_per_edit"],
     }
@@ -188,6 +150,16 @@ class Workbench:
         self._rows = RowFile(options.folder / "rows.jsonl", {"key", "row"})
         self._finished: dict[str, dict[str, Any]] | None = None
         self._configs: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, dict[str, Any]] = {}
+        self._runs: dict[str, tuple[Path, Sequence[Edit]]] = {}  # per arm, what was said at its last checkpoint
+
+    def beside(self, model: EditableModel) -> Workbench:
+        """The same study on another model: its rows go to the same folder, what it is into the same provenance."""
+        other = Workbench(self.study, model, self.options, self.progress)
+        other.notes, other._configs, other._finished = self.notes, self._configs, self._known_rows()
+        made = run_provenance(model, {})
+        self._models[model.model_id] = {name: made[name] for name in ("fingerprint", "revision", "tokenizer")}
+        return other
 
     # --- what is asked for ----------------------------------------------------------------------------------------
 
@@ -290,6 +262,8 @@ class Workbench:
             if not set(keys.values()) <= self._known_rows().keys():
                 self._compare(arm, edits, checkpoints, f"{number} of {len(arms)}, {name}")
             rows += [dict(self._known_rows()[key]) for key in keys.values()]
+            said = self._run_folder(arm, edits) / arm.method / f"answers-{max(checkpoints)}.jsonl"
+            self._runs[name] = said, edits[: max(checkpoints)]
         return rows
 
     def _compare(self, arm: Arm, edits: Sequence[Edit], checkpoints: Sequence[int], title: str) -> None:
@@ -367,6 +341,11 @@ class Workbench:
 
     # --- the end --------------------------------------------------------------------------------------------------
 
+    def _examples(self, count: int = 3) -> list[Grid]:
+        """A few edits and what was said in the end, in runs of the same edits as the first."""
+        shown = next((edits for _, edits in self._runs.values()), [])
+        return examples_of(shown, {name: path for name, (path, edits) in self._runs.items() if edits == shown}, count)
+
     def result(
         self, *, found: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], figure: Figure, **more: Any
     ) -> StudyResult:
@@ -378,58 +357,17 @@ class Workbench:
             columns=columns,
             rows=rows,
             figure=figure,
+            examples=self._examples(),
+            command=self.options.command or f"errata study {self.study.name}",
             notes=self.notes,
             provenance={
                 **run_provenance(self.model, self._configs),
+                "beside": self._models,
                 "seed": self.options.seed,
                 "data": None if self.options.data is None else str(self.options.data),
             },
             **more,
         )
-
-    def save(self, result: StudyResult) -> StudyResult:
-        """Write `result.json`, `table.md` and `figure.png`; the result, with these files named in it."""
-        folder = self.options.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {"figure": "figure.png", "table": "table.md", "result": "result.json", "rows": "rows.jsonl"}
-        saved = StudyResult(**{**vars(result), "files": {what: str(folder / name) for what, name in names.items()}})
-        save_figure(saved.figure, folder / names["figure"])
-        (folder / names["table"]).write_text(_markdown(saved), encoding="utf-8")
-        write_json(folder / names["result"], saved.to_record())
-        return saved
-
-
-def cell(value: Any) -> str:
-    """A value as tables show it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, float):
-        size = abs(value)
-        return f"{value:.0f}" if size >= 1000 else f"{value:.3g}" if size >= 10 or 0 < size < 0.1 else f"{value:.2f}"
-    return str(value)
-
-
-def _markdown(result: StudyResult) -> str:
-    def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        head = [column.replace("_", " ") for column in columns]
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(columns)]
-        return lines + ["| " + " | ".join(cell(row.get(c)).replace("|", "\\|") for c in columns) + " |" for row in rows]
-
-    parts = [
-        f"# {result.name}",
-        "",
-        result.question,
-        "",
-        f"**{result.found}**",
-        "",
-        *table(result.columns, result.rows),
-    ]
-    if result.published:
-        names = list(dict.fromkeys(name for one in result.published for name in one.values))
-        rows = [{"published": one.what, **one.values, "source": one.source} for one in result.published]
-        parts += ["", "Published, on other models and edits:", "", *table(["published", *names, "source"], rows)]
-    parts += ["", *(f"- {note}" for note in result.notes)] if result.notes else []
-    return "\n".join(parts) + "\n"
 
 
 def share(values: Sequence[float]) -> float | None:
