@@ -119,3 +119,82 @@ def test_drift_and_collapse_are_read_off_the_rows(tmp_path: Path) -> None:
         "ft": {"edits": 2, "perplexity": 1.5},
         "rome": {"edits": 2, "perplexity": None},
     }
+
+
+def in_case(case: int | None, exact: float, hops: tuple[float, ...] = (), edited: int = 1, **more: Any) -> AskedEdit:
+    """An edit of a case; with hops, its last one, of whose chain the first hops are edited."""
+    chain = [{"question": f"hop {number}", "answer": "x", "answer_alias": []} for number in range(len(hops))]
+    stays = tuple(Probe(prompt=hop["question"], answer="x", kind="single_hop") for hop in chain[edited:])
+    extra = {"case_id": case} | ({"new_single_hops": chain} if hops else {}) | more
+    edit = Edit(prompt="p", target="t", locality=stays, extra=extra)
+    marks = [(hop, 1.0, hop / 2, hop / 4) for hop in hops]
+    return AskedEdit(edit, [(exact, 1.0, exact / 2, 0.0)], [], [(1, 1, 1, 1)] * len(stays), [], {}, marks)
+
+
+def test_a_case_is_as_good_as_its_worst_hop_and_its_worst_edit() -> None:
+    result = Result(
+        [
+            in_case(1, 1.0),
+            in_case(1, 1.0, (1.0, 1.0, 0.0), edited=2),  # every edit, not every hop
+            in_case(2, 0.0),
+            in_case(2, 1.0, (1.0, 1.0), edited=2),  # every hop, not every edit
+            in_case(3, 1.0, (1.0, 1.0)),  # one edit, and all is right
+            in_case(4, 0.0, (0.0,)),
+        ]
+    )
+    record = result.to_record()["cases"]
+    hops, edits = record["hop_wise"], record["instance_wise"]
+    assert (hops["generated"], hops["contains"], hops["edits"]) == (0.5, 1.0, 4)
+    assert (hops["teacher_forced"], hops["f1"]) == (0.25, 0.125)
+    assert (edits["generated"], edits["contains"], edits["teacher_forced"], edits["edits"]) == (0.5, 1.0, 0.25, 4)
+    assert edits["wilson_interval"] is not None, "a case is right or wrong"
+
+
+def test_a_case_counts_only_where_all_of_it_was_asked() -> None:
+    assert Result([asked(()), in_case(1, 1.0), in_case(1, 1.0)]).to_record()["cases"] == {}, "no chain"
+    # An edit of the case is missing: its edits cannot all be right, its hops may.
+    (name,) = Result([in_case(1, 1.0, (1.0, 1.0), edited=2)]).cases()
+    assert name == "hop_wise"
+    # Edits without the number of their case cannot be put together.
+    assert Result([in_case(None, 1.0), in_case(None, 1.0, (1.0, 1.0), edited=2)]).cases().keys() == {"hop_wise"}
+    assert Result([in_case(None, 1.0, (1.0,), edited=0)]).cases().keys() == {"hop_wise"}
+    # A hop was not asked.
+    unasked = in_case(1, 1.0, (1.0,))
+    unasked.hops.clear()
+    assert Result([unasked]).cases().keys() == {"instance_wise"}
+    # The same number in a file that is read again begins a new case.
+    assert Result([in_case(1, 1.0, (1.0,)), in_case(1, 0.0, (1.0,))]).cases()["instance_wise"].generated.value == 0.5
+    damaged = in_case(1, 1.0, (1.0,), new_single_hops=[{"question": "hop 0"}])
+    assert Result([damaged]).cases() == {}
+
+
+def test_hops_are_asked_as_questions_and_right_by_any_of_their_names() -> None:
+    model = tiny_model("llama")
+    (edited, other) = model.generate(["Where is Ann from?", "Who rules Paris?"], max_new_tokens=4)
+    hops = [
+        {"question": "Where is Ann from?", "answer": "Rome", "answer_alias": [edited]},
+        {"question": "Who rules Paris?", "answer": other, "answer_alias": []},
+    ]
+
+    def examined(*chain: dict[str, Any]) -> list[Any]:
+        edit = Edit(
+            prompt="Ann is from",
+            target="Rome",
+            rephrases=("Where is Ann from?",),
+            locality=(Probe(prompt="Who rules Paris?", answer=other, kind="single_hop"),),
+            extra={"case_id": 1, "new_single_hops": list(chain)},
+        )
+        (found,) = Examination(model, [edit], max_new_tokens=4).ask_unedited().asked
+        return found.hops
+
+    assert [marks[0] for marks in examined(*hops)] == [1.0, 1.0]
+    assert [marks[0] for marks in examined(hops[0] | {"answer_alias": []}, hops[1])] == [0.0, 1.0]
+    assert examined(*hops, {"question": "Never asked?", "answer": "x"}) == []
+
+
+def test_real_cases_carry_their_hops(data: Path) -> None:
+    edits = read_edits(data / "mquake" / "AKEW_MQuAKE-CF.json.gz", limit=12).edits
+    record = Examination(tiny_model("llama"), edits, max_new_tokens=2).ask_unedited().to_record()["cases"]
+    cases = sum(bool(edit.portability) for edit in edits)
+    assert 0 < cases < len(edits)
+    assert (record["hop_wise"]["edits"], record["instance_wise"]["edits"]) == (cases, cases)

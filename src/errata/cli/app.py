@@ -341,10 +341,12 @@ def damage(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks of lm-evaluation-harness with commas between them; atlas stands for its six, none for no task."
+            help="Tasks of lm-evaluation-harness with commas between them; atlas stands for its six, local for all "
+            "whose files are in --data, none for no task."
         ),
     ] = "",
     include: Annotated[Path | None, typer.Option(help="Folder of task files (YAML) of your own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the files that local_… tasks read.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items of each task.")] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples in front of every question, instead of the task's own number.")
@@ -361,7 +363,7 @@ def damage(
     """What edits damaged: capabilities, language modelling, and how far weights have moved."""
     from errata.cli.damage import damage as run
 
-    run(adapter, model, tasks, include, limit, shots, text or [], batch_size, device, dtype, as_json)
+    run(adapter, model, tasks, include, data, limit, shots, text or [], batch_size, device, dtype, as_json)
 
 
 @app.command()

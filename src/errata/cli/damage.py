@@ -29,16 +29,23 @@ def _domains(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _tasks(names: str, model_id: str) -> list[str]:
+def _tasks(names: str, model_id: str, data: Path | None) -> list[str]:
+    """The tasks that are named, with those that "atlas" and "local" stand for."""
     from errata.atlas.shipped import ATLAS_NAMES
     from errata.evaluation.harness import ATLAS_TASKS
+    from errata.evaluation.local_tasks import tasks_in
 
     if names == "none":
         return []
     if not names and model_id not in ATLAS_NAMES:
         raise ConfigError("give tasks of the harness for this model: --tasks arc_easy,piqa, or --tasks none")
     asked = [name.strip() for name in (names or "atlas").split(",") if name.strip()]
-    return list(dict.fromkeys(task for name in asked for task in (ATLAS_TASKS if name == "atlas" else (name,))))
+    several = {"atlas": ATLAS_TASKS}
+    if "local" in asked:
+        if data is None:
+            raise ConfigError("--tasks local runs the tasks whose files are in a folder: give it with --data FOLDER")
+        several["local"] = tasks_in(data)
+    return list(dict.fromkeys(task for name in asked for task in several.get(name, (name,))))
 
 
 def damage(
@@ -46,6 +53,7 @@ def damage(
     model_name: str,
     tasks: str,
     include: Path | None,
+    data: Path | None,
     limit: int | None,
     shots: int | None,
     texts: Sequence[str],
@@ -59,7 +67,7 @@ def damage(
 
     domains = _domains(texts)
     model = load_model(model_name, device, dtype)
-    names = _tasks(tasks, model.model_id)
+    names = _tasks(tasks, model.model_id, data)
     adapter = load_adapter(adapter_path, model)
     assert adapter is not None
     with progress_bar() as progress:
@@ -68,6 +76,7 @@ def damage(
             names,
             domains,
             include=include,
+            data=data,
             limit=limit,
             shots=shots,
             batch_size=batch_size,

@@ -183,6 +183,9 @@ def evaluate(
                 row(f"  {name}: {kind}", score)
         for kind, score in record["portability_any_of"].items():
             row(f"  portability: {kind}, any wording", score)
+        for name, what in (("hop_wise", "every hop of a case"), ("instance_wise", "every edit of a case")):
+            if name in record["cases"]:
+                row(f"  {what}", record["cases"][name])
         for control in control_records:
             table.add_section()
             for name in _NAMES:

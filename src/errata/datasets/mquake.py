@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 from errata.datasets.fields import edit_of, filled, probe, required, texts
-from errata.edit import Edit, FieldProblem
+from errata.edit import Edit, FieldProblem, Probe
 
-__all__ = ["KEYS", "NAME", "TRUTH", "read", "recognises"]
+__all__ = ["KEYS", "NAME", "TRUTH", "chain", "read", "recognises"]
 
 NAME = "MQuAKE"
 KEYS = "requested_rewrite as a list, questions, new_answer"
@@ -81,6 +81,24 @@ def read(record: dict[str, Any]) -> list[Edit]:
             )
         )
     return edits
+
+
+def chain(edit: Edit) -> list[Probe]:
+    """All single hops of a case's new chain, edited or not, at its last edit; empty at every other edit.
+
+    Empty too where the file gave none, or one without question or answer.
+    """
+    hops = edit.extra.get("new_single_hops")
+    try:
+        found = [_object(hop, "new_single_hops") for hop in hops] if isinstance(hops, list) else []
+        return [
+            Probe.model_validate(
+                probe(required(hop, "question", str), required(hop, "answer", str), "hop", texts(hop, "answer_alias"))
+            )
+            for hop in found
+        ]
+    except (FieldProblem, ValueError):  # what no rewrite touches was checked when it was read; this is of edited hops
+        return []
 
 
 def _single_hops(record: dict[str, Any], touched: set[Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from errata.errors import FormatError
 
-__all__ = ["SECTION", "Record", "iterate_records"]
+__all__ = ["SECTION", "Record", "iterate_records", "text_of"]
 
 # Under this key a record of an object of lists ({"success": [...], "locality": [...]}) carries the name of its list.
 SECTION = "section"
@@ -93,7 +93,7 @@ def _unzipped(path: Path, raw: bytes) -> tuple[bytes, FormatError | None]:
     return unpacked, FormatError(str(path), line, None, problem, "copy the file again, whole")
 
 
-def _text_of(path: Path) -> tuple[str, FormatError | None]:
+def text_of(path: Path) -> tuple[str, FormatError | None]:
     """The text, with bytes that are none carried through, and what is wrong with the file's end."""
     try:
         raw = path.read_bytes()
@@ -118,7 +118,7 @@ def iterate_records(path: Path) -> Iterator[Record | FormatError]:
     Raises:
         FormatError: the file as a whole cannot be read, or is empty.
     """
-    text, damage = _text_of(path)
+    text, damage = text_of(path)
     if not text.strip():
         raise FormatError(str(path), None, None, "is empty", "give one JSON object a line, or a JSON list of objects")
     yield from _records(path, text)

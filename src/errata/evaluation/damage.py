@@ -86,6 +86,7 @@ def measure_damage(
     texts: Mapping[str, Sequence[str]],
     *,
     include: Path | None = None,
+    data: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     batch_size: int = 16,
@@ -95,10 +96,10 @@ def measure_damage(
 
     Args:
         texts: held-out text by domain.
-        include, limit, shots, batch_size: see `run_tasks`.
+        include, data, limit, shots, batch_size: see `run_tasks`.
 
     Raises:
-        ConfigError: a task cannot be run.
+        ConfigError, FormatError: a task cannot be run.
     """
     model = adapter.model
 
@@ -106,7 +107,14 @@ def measure_damage(
         if not tasks:
             return {}
         return run_tasks(
-            model, tasks, include=include, limit=limit, shots=shots, batch_size=batch_size, progress=progress
+            model,
+            tasks,
+            include=include,
+            data=data,
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            progress=progress,
         )
 
     def perplexities() -> dict[str, float]:

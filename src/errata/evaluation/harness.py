@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a live model, edited or not: any of its tasks, and atlas's own.
+"""lm-evaluation-harness on a live model, edited or not: any of its tasks, atlas's own, and those of local files.
 
 The harness pads on the right and passes no attention mask when it scores answers, and does not say where a prompt ends;
 a routed adapter would decide on padding, or on the answer. So log-likelihoods are scored by errata, which announces
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ConfigError
+from errata.evaluation.local_tasks import LOCAL_TASKS, documents
 from errata.model import EditableModel, Passage
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS, Progress
@@ -22,6 +23,7 @@ from errata.progress import NO_PROGRESS, Progress
 __all__ = ["ATLAS_TASKS", "TaskScore", "harness_model", "run_tasks"]
 
 _OWN_TASKS = Path(__file__).parents[1] / "atlas" / "tasks"
+_LOCAL_TASKS = Path(__file__).parent / "local_tasks"
 ATLAS_TASKS = tuple(sorted(path.stem for path in _OWN_TASKS.glob("atlas_*.yaml")))
 
 
@@ -84,32 +86,40 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     include: Path | None = None,
+    data: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     batch_size: int = 16,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, TaskScore]:
-    """Run tasks of the harness, those of atlas and those of a folder on a model as it is now.
+    """Run tasks of the harness, those of atlas, those of local files and those of a folder on a model as it is now.
 
     Args:
         include: a folder of task files (YAML) of your own.
+        data: the folder of the files that local tasks read.
         limit: only the first items of each task.
         shots: examples in front of every question, instead of the task's own number.
 
     Raises:
-        ConfigError: the harness is not installed; a task does not exist, or holds others.
+        ConfigError: the harness is not installed; a task does not exist, holds others, or lacks a file.
+        FormatError: the file of a local task is damaged. The model has not been asked anything yet.
     """
     live = harness_model(model, batch_size)
+    for task in tasks:  # all of them before the first is run: a damaged file shall not cost the others' time
+        if task in LOCAL_TASKS:
+            documents(task, data)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=[str(folder) for folder in (_OWN_TASKS, include) if folder is not None])
+    folders = [str(folder) for folder in (_OWN_TASKS, _LOCAL_TASKS, include) if folder is not None]
+    manager = TaskManager(include_path=folders, metadata=None if data is None else {"folder": str(data)})
     for task in tasks:
         if task not in manager.all_tasks:
             raise ConfigError(
-                f"there is no task {task!r}; atlas's are {', '.join(ATLAS_TASKS)}, the harness lists its own with "
-                "lm-eval ls tasks, and --include takes a folder of task files"
+                f"there is no task {task!r}; atlas's are {', '.join(ATLAS_TASKS)}, those of local files "
+                f"{', '.join(LOCAL_TASKS)}; the harness lists its own with lm-eval ls tasks, and --include takes a "
+                "folder of task files"
             )
     scores = {}
     progress.start("running tasks", len(tasks))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errata.adapters import Adapter
+from errata.datasets.mquake import chain
 from errata.edit import Edit, Probe
 from errata.editors import Editor, EditOutcome
 from errata.errors import ConfigError
@@ -42,7 +43,11 @@ Marks = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class AskedEdit:
-    """Everything one edit was asked: per property the marks of each of its prompts, empty where nothing was asked."""
+    """Everything one edit was asked: per property the marks of each of its prompts, empty where nothing was asked.
+
+    `hops` are the marks of all single hops of the chain that a multi-hop case asks about at its last edit (MQuAKE),
+    edited or not, each against its own answer; empty where the edit carries none, or not all of them were asked.
+    """
 
     edit: Edit
     reliability: list[Marks]
@@ -50,6 +55,7 @@ class AskedEdit:
     locality: list[Marks]
     portability: list[Marks]
     said: dict[str, str]
+    hops: list[Marks] = field(default_factory=list)
 
     def to_record(self) -> dict[str, Any]:
         """JSON: per property one [exact, contains, teacher-forced, F1] for each prompt, and all that was said."""
@@ -59,6 +65,11 @@ class AskedEdit:
 
 def _mean(marks: Sequence[Marks], part: int) -> float:
     return sum(mark[part] for mark in marks) / len(marks)
+
+
+def _worst(marks: Sequence[Marks]) -> Marks:
+    exact, contained, forced, f1 = (min(mark[part] for mark in marks) for part in range(4))
+    return exact, contained, forced, f1
 
 
 def _score(per_edit: Sequence[Sequence[Marks]]) -> Score:
@@ -126,6 +137,31 @@ class Result:
                 kinds.setdefault(kind, []).append(best)
         return {kind: _score(per_edit) for kind, per_edit in sorted(kinds.items())}
 
+    def cases(self) -> dict[str, Score]:
+        """Over multi-hop cases of several edits (MQuAKE), each as good as the worst of what it consists of.
+
+        `hop_wise` is about every single hop of the case's new chain, edited or not; `instance_wise` about the prompts
+        of all its edits. A case that does not carry its chain does not count, nor one of which an edit or a hop was not
+        asked. Nothing is left where none counts.
+        """
+        members: dict[str, list[AskedEdit]] = {}
+        hop_wise, instance_wise = [], []
+        for asked in self.asked:
+            case = asked.edit.extra.get("case_id")
+            if case is not None:
+                members.setdefault(str(case), []).append(asked)
+            hops = chain(asked.edit)
+            if not hops:
+                continue
+            if asked.hops:
+                hop_wise.append([_worst(asked.hops)])
+            stays = sum(probe.kind == "single_hop" for probe in asked.edit.locality)
+            own = members.pop(str(case), [])
+            if own and len(own) == len(hops) - stays:
+                instance_wise.append([_worst([edit.reliability[0] for edit in own])])
+        found = {"hop_wise": hop_wise, "instance_wise": instance_wise}
+        return {name: _score(per_case) for name, per_case in found.items() if per_case}
+
     def to_record(self) -> dict[str, Any]:
         record: dict[str, Any] = {"edits": len(self.asked), "protocol": self.protocol}
         for name in ("reliability", "generalization", "locality", "portability"):
@@ -133,6 +169,7 @@ class Result:
         for name in ("locality", "portability"):
             record[f"{name}_by_kind"] = {kind: score.to_record() for kind, score in self.by_kind(name).items()}
         record["portability_any_of"] = {kind: score.to_record() for kind, score in self.any_of("portability").items()}
+        record["cases"] = {name: score.to_record() for name, score in self.cases().items()}
         return record
 
 
@@ -283,6 +320,9 @@ class Examination:
 
         def asked(edit: Edit) -> AskedEdit:
             probes = (*edit.locality, *edit.portability)
+            hops = chain(edit)
+            # An edited hop is asked as a rephrase of its edit, another one for locality; nothing is asked for this.
+            all_asked = all((hop.prompt, hop.answer) in forced and hop.prompt in said for hop in hops)
             return AskedEdit(
                 edit,
                 [right(edit.prompt, edit.target, edit.aliases)],
@@ -290,6 +330,7 @@ class Examination:
                 [unchanged(probe) for probe in edit.locality],
                 [right(probe.prompt, probe.answer or "", probe.aliases) for probe in edit.portability],
                 {prompt: said[prompt] for prompt in (edit.prompt, *edit.rephrases, *(p.prompt for p in probes))},
+                [right(hop.prompt, hop.answer or "", hop.aliases) for hop in hops] if all_asked else [],
             )
 
         return Result([asked(edit) for edit in edits])
