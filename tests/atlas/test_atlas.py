@@ -17,6 +17,7 @@ from errata.atlas.relations import RELATIONS
 from errata.atlas.shipped import checkpoint_folder, shipped_provenance
 from errata.atlas.tokenizer import train_tokenizer
 from errata.atlas.world import load_world
+from errata.edit import Edit
 from errata.model import EditableModel
 
 WORLD = load_world()
@@ -163,7 +164,7 @@ def test_every_capability_is_well_above_chance(atlas: EditableModel) -> None:
 
 
 def test_the_instruction_tuned_variant_answers_in_its_template() -> None:
-    from errata.atlas.instruct import chat_prompt
+    from errata.atlas.instruct import chat_edit, chat_prompt
 
     model = EditableModel.load("atlas-instruct")
     asked = [
@@ -175,4 +176,9 @@ def test_the_instruction_tuned_variant_answers_in_its_template() -> None:
     said = model.generate([chat_prompt(model, saying.prompt) for _, saying in asked])
     right = sum(text.strip().rstrip(".") == saying.answer for text, (_, saying) in zip(said, asked, strict=True))
     assert right / len(asked) >= 0.9
+    edit = Edit(prompt="The capital of France is", target="Rome", subject="France", locality=({"prompt": "Spain is"},))
+    asked_so = chat_edit(model, edit)
+    assert asked_so.prompt == chat_prompt(model, edit.prompt)
+    assert asked_so.locality[0].prompt == chat_prompt(model, "Spain is")
+    assert (asked_so.id, asked_so.subject, asked_so.target) == (edit.id, "France", "Rome")
     assert model.fingerprint != EditableModel.load("atlas").fingerprint

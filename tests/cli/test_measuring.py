@@ -189,3 +189,26 @@ def test_evaluate_has_a_judge_read_the_answers(place: Path, tmp_path: Path, monk
     assert "called correct by the judge grader: reliability 1.000" in shown
     assert "no verdict: 3 × no verdict; the same command asks these again" in shown
     assert "--judge-model NAME" in run(*asked[:-4], fails=True)["error"]["message"]
+
+
+def test_compare_writes_a_page_and_table_writes_files(place: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    found = run(*compared(place, one))
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
+    for told in ("edits until reliability falls under 0.8: ft", "A few edits, and what was said after 3", "ft.steps"):
+        assert told in page, told
+    for name, part in (("t.tex", r"\toprule"), ("t.md", "| method | edits |")):
+        assert run("table", str(one), "--out", str(tmp_path / name))["table"] == str(tmp_path / name)
+        assert part in (tmp_path / name).read_text(encoding="utf-8")
+    error = run("table", str(one), "--out", str(tmp_path / "t.csv"), fails=True)["error"]
+    assert "must end with .md or .tex" in error["message"]
+
+
+def test_damage_writes_a_page_when_asked(place: Path, tmp_path: Path) -> None:
+    given = ["damage", "--model", str(place / "model"), "--adapter", str(place / "a"), "--tasks", "none"]
+    found = run(*given, "--report", str(tmp_path / "d.html"))
+    assert found["report"] == str(tmp_path / "d.html")
+    assert "What 3 edits of ft damaged" in (tmp_path / "d.html").read_text(encoding="utf-8")
+    error = run(*given, "--report", str(tmp_path / "d.pdf"), fails=True)["error"]
+    assert "must end with .html" in error["message"]

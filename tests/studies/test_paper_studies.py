@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from errata.atlas.capabilities import CAPABILITIES, Item
 from errata.datasets import read_edits, write_edits
 from errata.edit import Edit, Probe
 from errata.editors import Editor
@@ -19,10 +20,10 @@ from errata.evaluation.protocol import AskedEdit
 from errata.evaluation.rankings import rank_answers
 from errata.model import EditableModel
 from errata.progress import NO_PROGRESS
-from errata.studies import abilities, dual_facets, halluedit, study
+from errata.studies import abilities, dual_facets, facets, halluedit, study
 from errata.studies.result import StudyResult
 from errata.studies.workbench import StudyOptions, Workbench
-from errata.testing import tiny_model
+from errata.testing import byte_tokenizer, tiny_hf_model, tiny_model
 
 FT = {"steps": 60, "learning_rate": 0.01}
 EDITS = [
@@ -298,50 +299,130 @@ def test_a_model_without_abilities_has_none_to_lose(
 # --- dual facets ----------------------------------------------------------------------------------------------------
 
 
+def state(bits: str, **more: Any) -> dict[str, Any]:
+    return {
+        "right": dict.fromkeys(CAPABILITIES, bits),
+        "shots": dict.fromkeys(("shots_0", "shots_1", "shots_4", "shots_4_shuffled"), bits),
+        "recited": bits,
+        "perplexity": {"prose": 2.0},
+        "divergence": None,
+        "fires": None,
+        "layers": [],
+        **more,
+    }
+
+
+def losing(model: EditableModel, adapter: Any, ask: Any, progress: Any) -> dict[str, Any]:
+    """Each edit that is held costs one of four items of every capability, and moves a weight further."""
+    held = 0 if adapter is None else len(adapter.edits())
+    layers = [{"module": "layers.0.down", "similarity": 1 - held / 10}] if held else []
+    bits = "0" * held + "1" * (4 - held)
+    return state(bits, divergence=held / 10 if held else None, perplexity={"prose": 2.0 + held}, layers=layers)
+
+
 def test_every_state_is_compared_with_the_unedited_model_item_by_item(
     run: Callable[..., StudyResult], no_more_edits: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def examined(bench: Workbench, adapter: Any) -> dict[str, Any]:
-        # Each edit that is held costs one of four items of every capability.
-        held = 0 if adapter is None else len(adapter.edits())
-        bits = "0" * held + "1" * (4 - held)
-        return {
-            "right": dict.fromkeys(dual_facets.CAPABILITIES, bits),
-            "shots": dict.fromkeys(("shots_0", "shots_1", "shots_4", "shots_4_shuffled"), bits),
-            "recited": bits,
-            "perplexity": {"prose": 2.0 + held},
-            "divergence": held / 10 if held else None,
-            "fires": None,
-            "layers": [],
-        }
-
-    monkeypatch.setattr(dual_facets, "_examined", examined)
+    monkeypatch.setattr(facets, "examine", losing)
     monkeypatch.setattr(dual_facets, "_CHECKPOINTS", (1, 2, 3))
-    first = run("dual-facets", edits=3, methods=("ft",), settings={"ft": FT})
-    assert [(row["method"], row["edits"]) for row in first.rows] == [("unedited", 0), ("ft", 1), ("ft", 2), ("ft", 3)]
-    assert [row["change"] for row in first.rows] == [0.0, -0.25, -0.5, -0.75]
-    assert [row["code"] for row in first.rows] == [1.0, 0.75, 0.5, 0.25]
-    assert first.rows[0]["change_interval"] == [0.0, 0.0]
+    settings = {"ft": FT, "ft@still": {**FT, "steps": 1}}
+    first = run("dual-facets", edits=3, methods=("ft", "ft@still"), settings=settings)
+    own = [row for row in first.rows if row["method"] in ("unedited", "ft")]
+    assert [(row["method"], row["edits"]) for row in own] == [("unedited", 0), ("ft", 1), ("ft", 2), ("ft", 3)]
+    assert [row["change"] for row in own] == [0.0, -0.25, -0.5, -0.75]
+    assert [row["code"] for row in own] == [1.0, 0.75, 0.5, 0.25]
+    assert own[0]["change_interval"] == [0.0, 0.0]
     assert "ft -0.75" in first.found
-    assert any("rank correlation -1.00" in note for note in first.notes), "the further a weight moved, the more is lost"
-    assert "ft: the whole interval of its change lies below -0.05 at 1 edits" in first.notes
+    (claims,) = first.tables
+    told = {one["claim"]: one for one in claims.rows}
+    lost = told["Methods that change weights lose capabilities within tens of edits"]
+    assert lost["holds here"] == "yes"
+    assert lost["measured"].startswith("ft from 1 edits, -0.75 (")
+    assert told["Weights that have moved further have lost more"]["holds here"] == "yes"
+    assert (
+        "-1.00 (-1.00 to -1.00) over 6 edited models of 2 runs"
+        in (told["Weights that have moved further have lost more"]["measured"])
+    )
+    assert told["So has what is read from the prompt (a recital)"]["holds here"] == "yes"
+    assert not any("GRACE" in claim for claim in told)
+    assert {Path(file).name for file in first.files.values()} >= {"report.html", "table.tex", "result.json"}
+    page = Path(first.files["page"]).read_text(encoding="utf-8")
+    assert page.count("<svg") == 3, "the panels, retention by age, the map of layers"
+    assert "The capital of France … Berlin → Rome" in page
     no_more_edits()
-    monkeypatch.setattr(dual_facets, "_examined", int)  # raises TypeError where it is called
-    assert run("dual-facets", edits=3, methods=("ft",), settings={"ft": FT}).rows == first.rows
+    monkeypatch.setattr(facets, "examine", int)  # raises TypeError where it is called
+    again = run("dual-facets", edits=3, methods=("ft", "ft@still"), settings=settings)
+    assert again.rows == first.rows
+    assert again.tables == first.tables
+
+
+def test_mitigations_are_compared_with_the_run_without_them(
+    run: Callable[..., StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examined(model: EditableModel, adapter: Any, ask: Any, progress: Any) -> dict[str, Any]:
+        if adapter is None:
+            return state("1111")
+        moved = [{"module": "layers.1.down", "similarity": 0.9}]
+        if adapter.editor == "memit":  # a batch of both edits spares one item of the two that single edits cost
+            return state("0111" if adapter.editor_config["batch_size"] == 2 else "0011", divergence=0.1, layers=moved)
+        deep = adapter.editor_config["layer"] > 0
+        return state("0001" if deep else "0011", divergence=0.2, layers=moved)
+
+    monkeypatch.setattr(facets, "examine", examined)
+    tiny_hf_model("llama", seed=3).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    quick = {"steps": 1, "contexts": 0, "use_statistics": False}
+    settings = {"rome@reference": {**quick, "layer": 0}, "memit": {"batch_size": 1, "steps": 1, "contexts": 0}}
+    found = run(
+        "dual-facets", methods=("rome@reference", "memit"), settings=settings, beside=(str(tmp_path / "other"),)
+    )
+    told = {(one["claim"], one["measured"].partition(" -")[0]): one for one in found.tables[0].rows}
+    batches = told["Larger batches lose less", "memit, batches of 2"]
+    assert batches["holds here"] == "yes"
+    assert "difference +0.25" in batches["measured"]
+    deep = {one["holds here"] for (claim, _), one in told.items() if claim.startswith("Editing deeper than layer 0")}
+    assert deep == {"the other way round"}
+    elsewhere = told["The larger other loses less", "memit on other"]
+    assert elsewhere["holds here"] == "no difference to be seen"
+    assert "unedited on other" in {row["method"] for row in found.rows}
+    assert found.provenance["beside"].keys() == {str(tmp_path / "other")}
+    assert found.provenance["settings"]["memit on other"]["batch_size"] == 1
 
 
 def test_a_model_that_can_nothing_has_nothing_to_lose(
     run: Callable[..., StudyResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dual_facets, "_examined", lambda *_: {"right": {"code": "000"}})
+    monkeypatch.setattr(facets, "examine", lambda *_: state("000"))
     with pytest.raises(ConfigError, match="none of atlas's capabilities"):
         run("dual-facets", methods=("ft",), settings={"ft": FT})
 
 
 def test_shuffled_examples_carry_each_others_answers() -> None:
-    examples = [dual_facets.Item(f"q{number}?", f"a{number}", "") for number in (1, 2, 3)]
-    code = dual_facets.Item(">>> print(1)\n", "1", "")
-    asked = dual_facets.Item("q?", "a", "")
-    assert dual_facets._with_examples([asked], [examples], False) == ["q1? a1\nq2? a2\nq3? a3\nq?"]
-    assert dual_facets._with_examples([asked], [examples], True) == ["q1? a3\nq2? a1\nq3? a2\nq?"]
-    assert dual_facets._with_examples([asked], [[code]], False) == [">>> print(1)\n1\nq?"]
+    examples = [Item(f"q{number}?", f"a{number}", "") for number in (1, 2, 3)]
+    code = Item(">>> print(1)\n", "1", "")
+    asked = Item("q?", "a", "")
+    assert facets._with_examples([asked], [examples], False) == ["q1? a1\nq2? a2\nq3? a3\nq?"]
+    assert facets._with_examples([asked], [examples], True) == ["q1? a3\nq2? a1\nq3? a2\nq?"]
+    assert facets._with_examples([asked], [[code]], False) == [">>> print(1)\n1\nq?"]
+
+
+def test_a_state_counts_what_is_right(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facets, "_ITEMS", 4)
+    monkeypatch.setattr(facets, "_FEW", 2)
+    monkeypatch.setattr(facets, "held_out_texts", lambda count: ["Ann plays the flute"])
+    asked: list[str] = []
+
+    def generate(prompts: Any, **_: Any) -> list[str]:
+        asked.extend(prompts)
+        known = {item.prompt: item.answer for task in CAPABILITIES.values() for item in task.test}
+        return [f" {known.get(prompt.removeprefix('code: '), '?')}\nmore" for prompt in prompts]
+
+    monkeypatch.setattr(model, "generate", generate)
+    found = facets.examine(model, None, lambda name, text: f"{name}: {text}" * (name == "code") or text, NO_PROGRESS)
+    assert found["right"] == dict.fromkeys(CAPABILITIES, "1111")
+    assert found["shots"]["shots_0"] == "1" * 6
+    assert found["shots"]["shots_4_shuffled"] == "0" * 6
+    assert found["recited"] == "0000"
+    assert found["fires"] is None
+    assert found["divergence"] is None
+    assert any(prompt.startswith("code: ") for prompt in asked)

@@ -18,7 +18,7 @@ from errata.edit import Edit
 from errata.editors import Editor
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.metrics import held_until
-from errata.evaluation.significance import spearman
+from errata.evaluation.significance import spearman, spearman_interval
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS
@@ -372,6 +372,20 @@ def test_rank_correlation_shares_ranks_between_equal_values() -> None:
     assert spearman([1, 1, 1], [1, 2, 3]) is None
 
 
+def test_an_interval_of_rank_correlation_draws_whole_runs() -> None:
+    rising = spearman_interval([1, 2, 3, 4], [2, 4, 6, 8], ["a", "a", "b", "b"])
+    assert rising is not None
+    assert (rising.value, rising.low, rising.high, rising.count) == (pytest.approx(1), *(pytest.approx(1),) * 2, 4)
+    apart = spearman_interval([1, 2, 1, 2], [1, 2, 2, 1], ["a", "a", "b", "b"])  # rises in one run, falls in the other
+    assert apart is not None
+    assert apart.value == pytest.approx(0)
+    assert (apart.low, apart.high) == (pytest.approx(-1), pytest.approx(1))
+    alone = spearman_interval([1, 2, 3], [1, 2, 3], ["a"] * 3)
+    assert alone is not None
+    assert math.isnan(alone.low), "one run says nothing of how runs differ"
+    assert spearman_interval([1, 1], [1, 2], ["a", "b"]) is None
+
+
 def test_the_triangle_compares_methods_at_the_same_checkpoints(run: Callable[..., StudyResult]) -> None:
     found = run("wise-triangle", methods=("ft", "memoir"), edits=3, settings={"memoir": MEMOIR, "ft": FT})
     assert [(row["method"], row["edits"]) for row in found.rows] == [
@@ -557,8 +571,7 @@ def test_what_does_not_fit_is_said_before_anything_is_edited(
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
-    from errata.evaluation.figures import styled_figure
-    from errata.studies.figures import label_ends
+    from errata.evaluation.figures import label_ends, styled_figure
 
     _, (axes,) = styled_figure(5, 4)
     axes.set_ylim(0.0, 1.0)

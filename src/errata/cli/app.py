@@ -356,6 +356,9 @@ def damage(
         typer.Option(help="Held-out text, NAME=FILE or FILE, once per domain; errata's own prose if not given."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers that a task generates side by side.")] = 16,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write one page about it: a file that ends in .html.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -363,7 +366,7 @@ def damage(
     """What edits damaged: capabilities, language modelling, and how far weights have moved."""
     from errata.cli.damage import damage as run
 
-    run(adapter, model, tasks, include, data, limit, shots, text or [], batch_size, device, dtype, as_json)
+    run(adapter, model, tasks, include, data, limit, shots, text or [], batch_size, report, device, dtype, as_json)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.cli.common import load_adapter, load_model, load_texts
+from errata.cli.common import load_adapter, load_model, load_texts, this_command
 from errata.cli.output import emit, plain
 from errata.errors import ConfigError
 from errata.progress import progress_bar
@@ -58,13 +58,17 @@ def damage(
     shots: int | None,
     texts: Sequence[str],
     batch_size: int,
+    report: Path | None,
     device: str | None,
     dtype: str | None,
     as_json: bool,
 ) -> None:
     from errata.evaluation import run_provenance
     from errata.evaluation.damage import measure_damage
+    from errata.evaluation.damage_page import write_damage_page
 
+    if report is not None and report.suffix != ".html":
+        raise ConfigError(f"--report {report} must end with .html")
     domains = _domains(texts)
     model = load_model(model_name, device, dtype)
     names = _tasks(tasks, model.model_id, data)
@@ -91,6 +95,8 @@ def damage(
         **found.to_record(),
         "provenance": run_provenance(model, adapter.editor_config),
     }
+    if report is not None:
+        record["report"] = str(write_damage_page(report, record, this_command()))
     emit(record, as_json, lambda: _words(record))
 
 
@@ -130,3 +136,5 @@ def _words(record: Mapping[str, Any]) -> None:
         print(f"{moved}, {beside}; {layer['entries']} edits")
     for domain, share in record["fires"].items():
         print(f"acts on {share:.3f} of the texts of {domain}")
+    if "report" in record:
+        print(f"report: {record['report']}")

@@ -64,7 +64,8 @@ def facet_panels(rows: Sequence[Row], names: Sequence[str], title: str) -> Figur
 
 
 def divergence_map(rows: Sequence[Row], names: Sequence[str]) -> Figure:
-    """Per method that changes weights, a map of numbers of edits against layers: one less the cosine."""
+    """Per method that changes weights, a map of numbers of edits against all weights that any of them changes: one
+    less the cosine, nothing where a method leaves a weight alone."""
     from matplotlib.colors import LogNorm
 
     moved = {
@@ -75,16 +76,17 @@ def divergence_map(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     }
     values = [value for value in moved.values() if value > 0]
     norm = LogNorm(max(min(values), 1e-8), max(values)) if values else None
-    figure, axes = styled_figure(1.5 + 2.6 * len(names), 3.4, 1, max(1, len(names)))
+    figure, axes = styled_figure(2.5 + 2.2 * len(names), 3.6, 1, len(names))
+    modules = sorted({module for _, _, module in moved}, key=_layer_of)
     image = None
-    for axis, name in zip(axes, names, strict=False):
+    for axis, name in zip(axes, names, strict=True):
         counts = sorted({row["edits"] for row in rows if row["method"] == name})
-        modules = sorted({module for method, _, module in moved if method == name}, key=_layer_of)
         cells = [[moved.get((name, count, module), math.nan) or math.nan for count in counts] for module in modules]
         # viridis goes from dark to light evenly, also for colour-blind readers and in grey print
         image = axis.imshow(cells, aspect="auto", cmap="viridis", norm=norm, origin="lower")
         axis.set_xticks(range(len(counts)), [str(count) for count in counts], fontsize=8)
-        axis.set_yticks(range(len(modules)), [_short(module) for module in modules], fontsize=8)
+        labels = [_short(module) if axis is axes[0] else "" for module in modules]
+        axis.set_yticks(range(len(modules)), labels, fontsize=8)
         axis.set(xlabel="sequential edits", title=name)
         axis.grid(visible=False)
     if image is not None:

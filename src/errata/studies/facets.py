@@ -25,16 +25,21 @@ _SHOTS = (1, 4)  # beside none
 _TAUGHT = ("professional", "multilingual", "code")  # of which examples are put in front of questions
 _ITEMS = 200  # of each capability; as many recitals
 _FEW = 60  # of each capability, where examples stand in front
-_LONGEST = 48  # tokens of a worked-out answer
-SIZES = [_ITEMS, _FEW, *_SHOTS]  # what a finished state depends on beside the model
+_SPARE = 4  # tokens that a model may write beyond the longest right answer, so that one that goes on is not cut right
+SIZES = [_ITEMS, _FEW, _SPARE, *_SHOTS]  # what a finished state depends on beside the model
 
 Ask = Callable[[str, str], str]
 """(capability, question) to the prompt that a model is given: itself, or in the model's chat template."""
 
 
+def _room(model: EditableModel, answers: Sequence[str]) -> int:
+    """Tokens to generate: a model that has collapsed writes as many as it may."""
+    return _SPARE + max(len(model.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
+
+
 def _right(model: EditableModel, prompts: Sequence[str], items: Sequence[Item]) -> str:
     """Per item whether the answer is right, as ones and zeros."""
-    said = model.generate(list(prompts), max_new_tokens=_LONGEST)
+    said = model.generate(list(prompts), max_new_tokens=_room(model, [item.answer for item in items]))
     lines = [text.strip().partition("\n")[0] for text in said]
     return "".join(str(int(examine_item(line, item))) for line, item in zip(lines, items, strict=True))
 
@@ -91,7 +96,8 @@ def examine(model: EditableModel, adapter: Adapter | None, ask: Ask, progress: P
     shots = {"shots_0": "".join(right[name][:_FEW] for name in _TAUGHT), **_behind_examples(model, ask, progress)}
     rng = random.Random("recitals")
     sayings = [recital(rng) for _ in range(_ITEMS)]
-    said = model.generate([one.prompt for one in sayings], max_new_tokens=_LONGEST)
+    room = _room(model, [one.answer for one in sayings])
+    said = model.generate([one.prompt for one in sayings], max_new_tokens=room)
     recited = "".join(str(int(answers_exactly(text, one.answer))) for text, one in zip(said, sayings, strict=True))
     changes = [] if adapter is None else adapter.layer_changes(model)
     similar = [change.similarity for change in changes if change.similarity is not None]
