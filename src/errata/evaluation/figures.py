@@ -174,6 +174,7 @@ def retention_lines(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.plot([age for age, _ in ages], [share for _, share in ages], markersize=5, **style)
         ends.append((*ages[-1], run, style["color"]))
     axis.set(xlabel="edits made since, and the edit itself", ylabel="still answered", xscale="log", ylim=(-0.03, 1.05))
+    ticks(axis, sorted({int(age) + 1 for row in last.values() for age in row["retention"]}))
     label_ends(axis, ends)
     return figure
 
@@ -191,7 +192,7 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     is_crowded = len(runs) > 6
     figure, axes = styled_figure(9.0, 7.4 if is_crowded else 6.4, 2, 2)
     titles = ("reliability", "generalization", "locality", "perplexity")
-    subtitles = ("the edited prompt", "wordings never shown", "other prompts unchanged", "held-out text, log scale")
+    subtitles = ("the edited prompt", "wordings never shown", "other prompts unchanged", "held-out text")
     for axis, name, subtitle in zip(axes, titles, subtitles, strict=True):
 
         def value(row: Mapping[str, Any], name: str = name) -> float:
@@ -224,7 +225,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_xticks(counts, [str(c) for c in counts])
         axis.minorticks_off()
         if name == "perplexity":
-            if any(math.isfinite(value(row)) for row in rows):  # a scale of logarithms needs something to scale
+            known = [value(row) for row in rows if math.isfinite(value(row))]
+            if known and max(known) > 1.2 * min(known):  # a scale of logarithms needs something to scale
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter(LogFormatter())
                 axis.yaxis.set_minor_formatter(LogFormatter())  # which labels the places between few decades only
