@@ -108,6 +108,11 @@ Setting = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option(help="Longest answer that is generated, the same for every question.", min=1)
 ]
+Method = Annotated[str, typer.Option(help="The editing method; see errata methods.")]
+BatchSize = Annotated[int | None, typer.Option(help="Edits written together.", min=1)]
+MethodSeed = Annotated[int | None, typer.Option(help="Seed of the method's random choices.")]
+AdapterOut = Annotated[Path, typer.Option(help="Folder of the adapter; one found there is gone on with.")]
+Force = Annotated[bool, typer.Option("--force", help="Keep what the guard calls a collapse, try what seems too large.")]
 Text = Annotated[Path | None, typer.Option(help="Held-out text for perplexity; errata's own prose if not given.")]
 
 
@@ -178,7 +183,7 @@ def data_wrong_facts(
 @app.command()
 @guarded(kept="a demo begins anew the next time")
 def demo(
-    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    method: Method = "memoir",
     edits: Annotated[int, typer.Option(help="How many facts to correct.")] = 100,
     seed: Annotated[int, typer.Option(help="Which facts, and in which order.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report and the adapter.")] = Path("errata-demo"),
@@ -196,17 +201,13 @@ def demo(
 def edit(
     edits: EditsFile,
     model: ModelName = "atlas",
-    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    method: Method = "memoir",
     limit: Limit = None,
-    batch_size: Annotated[int | None, typer.Option(help="Edits written together.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the method's random choices.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the adapter; one found there is gone on with.")] = Path(
-        "errata-adapter"
-    ),
+    batch_size: BatchSize = None,
+    seed: MethodSeed = None,
+    out: AdapterOut = Path("errata-adapter"),
     settings: Setting = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Keep what the guard calls a collapse, try what seems too large.")
-    ] = False,
+    force: Force = False,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -233,7 +234,7 @@ def unlearn(
         Path | None, typer.Option(help="File of facts that must stay, of any known form; locality prompts stay anyway.")
     ] = None,
     model: ModelName = "atlas",
-    method: Annotated[str, typer.Option(help="The editing method; see errata methods.")] = "memoir",
+    method: Method = "memoir",
     limit: Annotated[int | None, typer.Option(help="Forget only the first N facts.", min=1)] = None,
     merge: Annotated[
         int, typer.Option(help="Write up to N queries about one subject as one edit; for methods with subjects.", min=1)
@@ -247,18 +248,14 @@ def unlearn(
     refusals: Annotated[
         Path | None, typer.Option(help="File of such sentences, one a line, as TOFU's; each subject gets one of them.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Edits written together.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the method's random choices.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the adapter; one found there is gone on with.")] = Path(
-        "errata-adapter"
-    ),
+    batch_size: BatchSize = None,
+    seed: MethodSeed = None,
+    out: AdapterOut = Path("errata-adapter"),
     settings: Setting = None,
     text: Text = None,
     measure: Annotated[bool, typer.Option(help="Ask before and after, and attack what shall be forgotten.")] = True,
     max_new_tokens: MaxNewTokens = 48,
-    force: Annotated[
-        bool, typer.Option("--force", help="Keep what the guard calls a collapse, try what seems too large.")
-    ] = False,
+    force: Force = False,
     strict: Strict = False,
     device: Device = None,
     dtype: Dtype = None,

@@ -13,7 +13,7 @@ from typing import Any
 from errata.atlas.examine import examine_capabilities
 from errata.edit import Edit
 from errata.errors import ConfigError
-from errata.evaluation.figures import COLOURS, label_ends, number, styled_figure, ticks
+from errata.evaluation.figures import label_ends, number, run_style, styled_figure, ticks
 from errata.evaluation.lifelong import capability_drop
 from errata.evaluation.metrics import held_until
 from errata.evaluation.tables import cell
@@ -114,12 +114,12 @@ def _figure(rows: Sequence[dict[str, Any]], methods: Sequence[str], title: str) 
     for axis, (name, label) in zip(axes, panels, strict=True):
         axis.set(xlabel="sequential edits", ylabel=label, ylim=(-0.03, 1.08), xscale="log")
         ends = []
-        for place, method in enumerate(methods):
+        for method in methods:
             own = [row for row in rows if row["method"] == method]
             values = [number(row[name]) for row in own]
-            colour, marker = COLOURS[place % len(COLOURS)], "osD^vP*"[place % 7]
-            axis.plot([row["edits"] for row in own], values, marker=marker, color=colour, linewidth=1.8, markersize=5)
-            ends.append((own[-1]["edits"], values[-1], method, colour))
+            style = run_style(methods, method)
+            axis.plot([row["edits"] for row in own], values, linewidth=1.8, markersize=5, **style)
+            ends.append((own[-1]["edits"], values[-1], method, style["color"]))
         ticks(axis, sorted({row["edits"] for row in rows if row["edits"]}))
         label_ends(axis, ends)
     axes[0].axhline(_HELD, color="#9a9a9a", linestyle="--", linewidth=1)
