@@ -47,7 +47,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn into the page as SVG."""
+    """A figure, drawn into the page as SVG; with a title of its own it may do without a caption."""
 
     figure: Figure
     caption: str

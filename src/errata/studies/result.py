@@ -124,7 +124,7 @@ def _markdown(result: StudyResult) -> str:
 def _page(result: StudyResult) -> Page:
     made = dict(result.provenance)
     settings = made.pop("settings", {})
-    figures = [Picture(result.figure, result.found)]
+    figures = [Picture(result.figure, "")]  # its title is the finding
     figures += [Picture(figure, caption) for caption, figure in result.more_figures.items()]
     main, *others = _tables(result)
     sections = [
