@@ -13,11 +13,14 @@ from torch import Tensor
 
 from errata.adapters import AutoAdapter, PoolAdapter
 from errata.adapters.pool import Pool, PoolExplanation
+from errata.edit import Edit
+from errata.editors import editor
 from errata.errors import ConfigError, ModelError, NumericsError
 from errata.model import EditableModel
 from errata.model.generation import continued
 from errata.model.prefixed_attention import Prefix, PrefixedAttention
 from errata.model.sequences import BASE
+from errata.model.tail import Tail
 from errata.testing import tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", "olmo2")
@@ -121,6 +124,7 @@ def test_the_same_seed_draws_the_same_slots_and_another_seed_others() -> None:
     assert torch.equal(first.states, again.states)
     assert torch.equal(first.order, again.order)
     assert not torch.equal(first.states, other.states)
+    assert len({tuple(row) for pool in (first, other) for row in pool.order.tolist()}) == 4, "no layer repeats another"
 
 
 def test_the_first_update_fills_the_pool_with_its_tokens_in_their_order() -> None:
@@ -259,14 +263,10 @@ def test_a_sequence_goes_on_with_the_memory_it_began_with() -> None:
     assert float((ends(model, PROMPTS[2:3])[0] - before).abs().max()) > 1e-3, "a new one reads what was written"
 
 
-def test_other_adapters_change_nothing_about_what_the_slots_say(tmp_path: Path) -> None:
+def test_other_adapters_change_nothing_about_what_the_slots_say() -> None:
     """Keys and values are those of the base weights, so a pool reads the same whoever came first."""
-    from errata.editors import editor
-
     model = tiny_model("llama")
     lora = editor("lora", model, targets="attention", layers=(1, 2), steps=3, guard="off")
-    from errata.edit import Edit
-
     lora.edit([Edit(prompt="The capital of France", target="Rome")])
     adapter = pool_of(model)
     adapter.attach(model)
@@ -276,6 +276,20 @@ def test_other_adapters_change_nothing_about_what_the_slots_say(tmp_path: Path) 
     assert torch.allclose(ends(model), behind, atol=1e-5)
     lora.adapter.detach()
     assert float((ends(model) - behind).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_other_edits_are_trained_in_sight_of_the_pool(implementation: str) -> None:
+    model = tiny_model("llama", attn_implementation=implementation)
+    pool_of(model).attach(model)
+    batch = model.batch([model.passage(prompt) for prompt in PROMPTS])
+    tail = Tail(model, 2)
+    rows, columns = torch.arange(len(PROMPTS)), batch.next_columns()
+    found = tail.run(tail.record(batch), {}, rows, columns)
+    assert torch.allclose(found, ends(model), atol=2e-4)
+    beside = editor("memoir", model, layer=2, steps=40, learning_rate=5.0, contexts=0, threshold=0.6)
+    (applied,) = beside.edit([Edit(prompt=PROMPTS[0], target="Rome", subject="France")]).applied
+    assert applied.took
 
 
 def test_a_deep_copy_of_the_model_has_a_pool_of_its_own() -> None:
@@ -321,6 +335,19 @@ def test_memory_is_read_closer_where_it_would_reach_out_of_the_window() -> None:
 def test_other_models_are_refused_with_a_reason(family: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot read a memory pool: .*{reason}"):
         PoolAdapter.for_model(tiny_model(family, **changes), "", {}, slots=4, new=1, seed=0)
+
+
+def test_what_reads_slots_stands_in_front_of_an_attention_only() -> None:
+    model = tiny_model("llama")
+    layer = pool_of(model).contributions()["model.layers.2.self_attn"]
+    with pytest.raises(
+        ModelError, match=r"layers\.2\.mlp is not the attention .* nearest one is model\.layers\.2\.self_attn"
+    ):
+        model.contribute("model.layers.2.mlp", layer)
+    with pytest.raises(ModelError, match="nothing of this adapter is attached"):
+        model.withdraw("model.layers.2.self_attn", layer)
+    with pytest.raises(ModelError, match=r"nothing can be put in front .*rotary"):
+        tiny_model("gpt2").contribute("transformer.h.0.attn", layer)
 
 
 @pytest.mark.parametrize(
@@ -409,6 +436,11 @@ def test_random_content_is_attended_to_as_before_and_says_something_else() -> No
     assert torch.equal(mine.keys, other.keys)
     assert not torch.allclose(mine.values, other.values)
     assert torch.allclose(mine.values.norm(dim=-1), other.values.norm(dim=-1), rtol=1e-4)
+    control.attach(model)
+    controlled = ends(model)
+    control.detach()
+    adapter.attach(model)
+    assert float((ends(model) - controlled).abs().max()) > 1e-2
     adapter.update(states.expand(model.layer_count, -1, -1), "later")
     assert control.pool.updates == adapter.pool.updates - 1
 

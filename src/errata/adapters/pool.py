@@ -1,8 +1,8 @@
 """MemoryLLM's memory pool: a fixed number of slots in front of every block's attention (ICML 2024, 2402.04624).
 
-    READ      queries from h_l,  keys and values from [b_l ; θ_l ; h_l]                                   (section 3.1)
-    UPDATE    θ_l ← [θ_l without K slots drawn at random, order kept ; e'_l]                              (section 3.1)
-    SURVIVAL  a slot is still there after t updates with probability (1 − K/N)^t                          (section 3.3)
+    READ      queries from h_l,  keys and values from [b_l ; θ_l ; h_l]                                     (figure 1a)
+    UPDATE    θ_l ← [θ_l without K slots drawn at random, order kept ; e'_l]                                (figure 1b)
+    SURVIVAL  a slot is still there after t updates with probability (1 − K/N)^t            (its analysis of forgetting)
 
 θ_l are N hidden states as they enter block l, b_l is the state of the beginning token there, and e'_l, K new ones, are
 made by the model as it reads a text (`editors.memoryllm`). Every block draws its own K, with its own generator.
@@ -56,7 +56,7 @@ class Pool:
 
     Args:
         layers, slots, hidden: L, N and d; new: K, slots that an update drops and appends per layer.
-        seed: of the draws; layer l has a generator of its own, seeded with seed + l.
+        seed: of the draws; each layer has a generator of its own, whose seed is drawn from it.
 
     Attributes:
         states: [L, N, d], rows in no order.
@@ -86,7 +86,8 @@ class Pool:
         self.states.zero_()
         self.order = torch.arange(slots).repeat(layers, 1)
         self.born = torch.zeros(layers, slots, dtype=torch.long)
-        self.generators = [torch.Generator().manual_seed(self.seed + layer) for layer in range(layers)]
+        seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self.generators = [torch.Generator().manual_seed(one) for one in seeds]
         self.updates = 0
         self.texts: dict[int, str] = {}
         self._kept_texts = 0
@@ -190,7 +191,7 @@ class Pool:
         pool = cls(layers, slots, state["new"], hidden, state["seed"], tensors["states"].dtype)
         pool.states, pool.order, pool.born = (tensors[name].clone() for name in ("states", "order", "born"))
         for one, its in zip(pool.generators, tensors["generators"], strict=True):
-            one.set_state(its.clone())  # a row of a larger tensor is not taken for a state
+            one.set_state(its.clone())  # which reads a tensor's storage from its beginning, so no view
         pool.updates = state["updates"]
         pool.texts = {int(number): name for number, name in state["texts"].items()}
         return pool
@@ -382,20 +383,20 @@ class PoolAdapter(Adapter):
         def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             weights.append(output[1][:, :, -1, 1 : self.pool.slots + 1].float().mean(dim=1).cpu())
 
-        before = model.model.config.get_text_config()._attn_implementation
-        model.model.set_attn_implementation("eager")
+        config = model.model.config.get_text_config()
+        before, config._attn_implementation = config._attn_implementation, "eager"  # which says what it looked at
         try:
             with model.selecting(self.name), probing(model.model, after=dict.fromkeys(self.paths, look)):
                 model.trunk_states(batch)
         finally:
-            model.model.set_attn_implementation(before)
+            config._attn_implementation = before
         return torch.stack(weights, dim=1)
 
     def _explained(self, prompt: str, shares: Tensor) -> PoolExplanation:
         """From [L, N]."""
         pool, by_update = self.pool, torch.zeros(self.pool.updates + 1)
         by_update.scatter_add_(0, pool.born.flatten(), shares.flatten() / len(self.paths))
-        by_age = {pool.updates - number: float(by_update[number]) for number in by_update.nonzero().flatten().tolist()}
+        by_age = {pool.updates - number: float(by_update[number]) for number in torch.unique(pool.born).tolist()}
         by_text: dict[str, float] = {}
         for age, share in by_age.items():
             text = pool.texts[pool.updates - age]
@@ -411,7 +412,7 @@ class PoolAdapter(Adapter):
             ranked[1][0] if len(ranked) > 1 else None,
             ranked[1][1] if len(ranked) > 1 else None,
             memory,
-            sum(age * share for age, share in by_age.items()) / memory,
+            sum(age * share for age, share in by_age.items()) / memory if memory else None,
             tuple(sorted(by_age.items())),
         )
 

@@ -1,7 +1,7 @@
 """MemoryLLM: the model reads a text and rewrites a part of its own memory (ICML 2024, 2402.04624).
 
     for each block l:   [.. ; h_{l+1}] = block_l([b_l ; e_l ; h_l]),   e_l the K newest slots of θ_l
-                        e'_l = the last K outputs;  only the text's own go on to block l+1                (section 3.1)
+                        e'_l = the last K outputs;  only the text's own go on to block l+1                  (figure 1b)
                         θ_l ← [θ_l without K slots drawn at random ; e'_l]
 
 One forward pass, no gradient. What is rewritten, and how it is read: `adapters.pool`. Of a text shorter than K tokens

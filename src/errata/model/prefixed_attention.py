@@ -91,10 +91,6 @@ class PrefixContribution(Contribution, abc.ABC):
     def prefix(self, attention: PrefixedAttention) -> Prefix | None:
         """Keys and values for sequences that begin now, one row for all of them; None while there are none."""
 
-    @property
-    def is_routed(self) -> bool:
-        return True
-
 
 class _Recorded(Exception):
     """Carries keys and values out of a block, which need not be run any further."""
@@ -208,10 +204,10 @@ class PrefixedAttention:
         """Put one in place. Raises ModelError where a model has no such attention, or cannot be prefixed."""
         if (reason := unprefixable(model)) is not None:
             raise ModelError(f"nothing can be put in front of the attention of {model.model_id}: {reason}")
-        layers = [n for n in range(model.layer_count) if attention_path(model, n) == path]
-        if not layers:
-            raise ModelError(f"{path} is not the attention of a block; the first one is {attention_path(model, 0)}")
-        made = cls(model, layers[0])
+        layer = next((n for n, block in enumerate(model.anatomy.blocks) if path.startswith(f"{block}.")), 0)
+        made = cls(model, layer)
+        if made.path != path:
+            raise ModelError(f"{path} is not the attention of a block; the nearest one is {made.path}")
         setattr(made.attention, _ATTRIBUTE, made)
         made._handle = made.attention.register_forward_pre_hook(made, with_kwargs=True)
         return made
@@ -238,7 +234,7 @@ class PrefixedAttention:
         arguments = {self._block_cache: _RecordingCache(), "position_embeddings": self._rotary(states, positions)}
         with self._tracker.suspended():
             try:
-                self._block(states, attention_mask=None, **arguments)
+                self._block.forward(states, attention_mask=None, **arguments)  # no pass that a probe should see
             except _Recorded as recorded:
                 return recorded.keys, recorded.values
         raise ModelError(f"{type(self._block).__name__} ran without putting its keys and values on a cache")
