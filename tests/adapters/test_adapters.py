@@ -298,8 +298,8 @@ def test_newer_and_unknown_formats_are_refused_with_advice(tmp_path: Path) -> No
     rewrite(saved(tmp_path / "a"), format_version=99)
     with pytest.raises(ArtifactError, match=r"format 99.*upgrade errata"):
         AutoAdapter.from_pretrained(tmp_path / "a")
-    rewrite(saved(tmp_path / "b"), adapter_type="pool")
-    with pytest.raises(ArtifactError, match="unknown adapter type 'pool'"):
+    rewrite(saved(tmp_path / "b"), adapter_type="cellar")
+    with pytest.raises(ArtifactError, match="unknown adapter type 'cellar'"):
         AutoAdapter.from_pretrained(tmp_path / "b")
     with pytest.raises(ArtifactError, match="holds no adapter"):
         AutoAdapter.from_pretrained(tmp_path)

@@ -243,6 +243,31 @@ def test_explain_names_the_edit_and_its_score(model: str, edits: str, tmp_path: 
     assert "Rome" in words("explain", "--model", model, "--adapter", adapter, "The capital of France")
 
 
+def test_texts_are_injected_into_a_pool_that_is_gone_on_with(model: str, edits: str, tmp_path: Path) -> None:
+    text, out = tmp_path / "notes.txt", tmp_path / "pool"
+    text.write_text("Bob wrote Hamlet.\nAnn plays the flute in Rome.\n", encoding="utf-8")
+    settings = ["--set", "slots=8", "--set", "new=2", "--set", "chunk_tokens=6"]
+    arguments = ["inject", "--text", str(text), "--model", model, "--out", str(out)]
+    made = run(*arguments, *settings)
+    assert (made["texts"], made["slots"], made["new"]) == (2, 8, 2)
+    assert made["updates"] == made["updates_in_all"] == made["memory_version"]
+    assert 2 < made["updates"] < made["tokens"]
+    assert run(*arguments)["updates_in_all"] == 2 * made["updates"]
+    said = words(*arguments)
+    assert f"{3 * made['updates']} updates in all" in said
+    assert "each update replaces 2 of 8 slots per layer" in said
+    run("edit", "--edits", edits, "--model", model, "--out", str(out), "--method", "memoryllm")
+    found = run("explain", "--adapter", str(out), "Bob wrote Hamlet")["explanations"][0]
+    assert found["by_age"][0][0] == 0
+    assert found["mean_age"] > 0
+    assert "updates ago, on average" in words("explain", "--adapter", str(out), "Bob wrote Hamlet")
+    assert run("revert", "--adapter", str(out), "c")["reverted"][0]["exactness"] == "approximate"
+    refused = run("revert", "--adapter", str(out), "a", "--exact", fails=True)
+    assert "6 texts were injected" in refused["error"]["message"]
+    changed = run(*arguments, "--set", "new=3", fails=True)
+    assert "other settings (new: there 2, here 3)" in changed["error"]["message"]
+
+
 def test_compare_prints_rows_and_resumes(model: str, edits: str, tmp_path: Path) -> None:
     out = str(tmp_path / "compare")
     arguments = ["compare", "--model", model, "--methods", "ft", "--edits", edits, "--checkpoints", "1,3", "--out", out]

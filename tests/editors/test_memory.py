@@ -51,7 +51,9 @@ def test_every_method_says_what_it_needs_and_more_for_more_edits(name: str) -> N
     made = editor(name, model, **settings)
     many = [edit.model_copy(update={"id": str(n)}) for edit in EDITS for n in range(200)]
     few, more = made.memory_needed(EDITS), made.memory_needed(many)
-    assert 0 < few.total < more.total
+    assert 0 < few.total <= more.total
+    if name != "memoryllm":  # whose pool has one size, and which writes one edit at a time
+        assert few.total < more.total
     assert few.words().startswith("needs about ")
     few.check()
     assert editor_class(name).name == name

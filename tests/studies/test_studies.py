@@ -228,7 +228,7 @@ def test_the_gap_is_what_teacher_forcing_adds(run: Callable[..., StudyResult]) -
 def test_all_methods_that_can_be_run_are_compared_and_the_others_named(model: EditableModel, tmp_path: Path) -> None:
     bench = Workbench(study("mirage"), model, StudyOptions(folder=tmp_path), NO_PROGRESS)
     names = _usual(bench)
-    assert "mend" not in names
+    assert not {"mend", "memoryllm"} & set(names)
     assert {"ft", "rome", "memoir", "wise", "grace"} <= set(names)
     assert any(note.startswith("mend left out") and "errata train mend" in note for note in bench.notes)
 

@@ -6,6 +6,7 @@ from errata.adapters.delta import DeltaAdapter, WeightChange
 from errata.adapters.keyed import KeyedAdapter
 from errata.adapters.least_squares import LeastSquaresAdapter, Wanted
 from errata.adapters.memories import ColumnMemory, Memory
+from errata.adapters.pool import PoolAdapter
 from errata.adapters.routed import RoutedAdapter, RoutedLayer
 from errata.adapters.scoped import ScopedAdapter
 from errata.adapters.sides import WiseAdapter
@@ -22,6 +23,7 @@ __all__ = [
     "LayerChange",
     "LeastSquaresAdapter",
     "Memory",
+    "PoolAdapter",
     "RevertResult",
     "RoutedAdapter",
     "RoutedLayer",

@@ -19,6 +19,7 @@ _BUILT_IN: dict[str, str] = {
     "delta": "errata.adapters.delta:DeltaAdapter",
     "keyed": "errata.adapters.keyed:KeyedAdapter",
     "least_squares": "errata.adapters.least_squares:LeastSquaresAdapter",
+    "pool": "errata.adapters.pool:PoolAdapter",
     "routed": "errata.adapters.routed:RoutedAdapter",
     "scoped": "errata.adapters.scoped:ScopedAdapter",
     "wise": "errata.adapters.sides:WiseAdapter",

@@ -220,6 +220,28 @@ def edit(
 
 
 @app.command()
+@guarded(kept="nothing was written: a pool is saved when all texts are in it")
+def inject(
+    text: Annotated[
+        Path, typer.Option(help="File of texts: paragraphs between blank lines, or lines where there are none.")
+    ],
+    model: ModelName = "atlas",
+    seed: Annotated[int | None, typer.Option(help="Seed of the slots that are dropped.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the adapter; a pool found there is gone on with.")] = Path(
+        "errata-adapter"
+    ),
+    settings: Setting = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model read texts into a pool of memory tokens (memoryllm). Given again, they are read again."""
+    from errata.cli.editing import inject as run
+
+    run(model, text, seed, out, settings or [], device, dtype, as_json)
+
+
+@app.command()
 @guarded(kept="what was saved, every 100 edits, is kept, and the same command goes on with the rest")
 def unlearn(
     edits: Annotated[

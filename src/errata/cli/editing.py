@@ -1,7 +1,8 @@
-"""`errata edit`, `revert`, `generate`, `explain`: writing edits, taking them back and looking at what they do."""
+"""`errata edit`, `inject`, `revert`, `generate`, `explain`: writing, taking back and looking at what that does."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
     from errata.editors.guard import GuardRecord
     from errata.model import EditableModel
 
-__all__ = ["Writing", "edit", "explain", "found_adapter", "generate", "given_settings", "revert", "write_into"]
+__all__ = [
+    "Writing",
+    "edit",
+    "explain",
+    "found_adapter",
+    "generate",
+    "given_settings",
+    "inject",
+    "revert",
+    "write_into",
+]
 
 _SAVE_EVERY = 100
 
@@ -76,6 +87,24 @@ def found_adapter(out: Path, method: str) -> Adapter | None:
     return adapter
 
 
+def _editor(
+    out: Path, adapter: Adapter | None, method: str, model: EditableModel, given: Mapping[str, Any]
+) -> Editor[Any]:
+    """The editor of a method, going on with the adapter found in `out` if there is one.
+
+    Raises:
+        ConfigError: a setting that does not exist, or differs from the adapter's.
+    """
+    from errata.editors import editor_class
+
+    cls = editor_class(method)
+    if adapter is not None:
+        _check_settings(adapter, cls.Config, model, given, out)
+    made: Editor[Any] = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
+    log(f"{model.model_id}: {method}, settings {made.config.source}")
+    return made
+
+
 @dataclass
 class Writing:
     """What was written into an adapter, and by whom; the adapter is attached and saved.
@@ -123,21 +152,16 @@ def write_into(
     Raises:
         ConfigError: a setting that does not exist, or differs from the adapter's.
     """
-    from errata.editors import editor_class
     from errata.editors.guard import guard_summary
     from errata.evaluation import run_provenance
 
-    cls = editor_class(method)
-    if adapter is not None:
-        _check_settings(adapter, cls.Config, model, given, out)
-    editor = cls(model, adapter=adapter) if adapter is not None else cls(model, **given)
+    editor = _editor(out, adapter, method, model, given)
     waiting = _waiting(edits, editor.adapter)
     if len(waiting) < len(edits):
         log(
             f"{out} holds {len(edits) - len(waiting)} of these edits already, or later ones in their place; "
             f"going on with the other {len(waiting)}"
         )
-    log(f"{model.model_id}: {method}, settings {editor.config.source}")
     applied, refused, seconds, prepare_seconds = 0, [], 0.0, 0.0
     took = 0
     guard: list[GuardRecord] = []
@@ -218,6 +242,60 @@ def edit(
     def words() -> None:
         written.words()
         print(f"adapter in {out}; next: errata evaluate --model {model_name} --adapter {out} --edits {edits_path}")
+
+    emit(record, as_json, words)
+
+
+def inject(
+    model_name: str,
+    text_path: Path,
+    seed: int | None,
+    out: Path,
+    settings: list[str],
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    from errata.datasets.builtin import corpus_texts
+    from errata.editors.memoryllm import MemoryLLM
+    from errata.evaluation import run_provenance
+
+    given = given_settings(settings, None, seed)
+    adapter = found_adapter(out, MemoryLLM.name)
+    texts = corpus_texts(text_path)
+    editor = _editor(out, adapter, MemoryLLM.name, load_model(model_name, device, dtype), given)
+    assert isinstance(editor, MemoryLLM)
+    began = time.perf_counter()
+    with progress_bar() as progress:
+        done = editor.inject({f"{text_path.name}:{number}": text for number, text in enumerate(texts, 1)}, progress)
+    seconds = time.perf_counter() - began
+    save_adapter(editor.adapter, out)
+    pool, updates = editor.adapter.pool, sum(one.updates for one in done)
+    record = {
+        "method": editor.name,
+        "model": editor.model.model_id,
+        "texts": len(done),
+        "tokens": sum(one.tokens for one in done),
+        "updates": updates,
+        "updates_in_all": pool.updates,
+        "slots": pool.slots,
+        "new": pool.new,
+        "seconds_per_update": seconds / updates,
+        "memory_version": editor.adapter.memory_version,
+        "adapter": str(out),
+        "provenance": run_provenance(editor.model, editor.config),
+    }
+
+    def words() -> None:
+        print(
+            f"{len(done)} texts of {record['tokens']} tokens injected in {updates} updates, "
+            f"{seconds / updates:.3f} s each; {pool.updates} updates in all"
+        )
+        print(
+            f"each update replaces {pool.new} of {pool.slots} slots per layer; after {updates} more, "
+            f"{pool.survival(updates):.0%} of what is there now is left"
+        )
+        print(f"adapter in {out}; next: errata generate --model {model_name} --adapter {out} PROMPT")
 
     emit(record, as_json, words)
 
@@ -337,5 +415,8 @@ def explain(
             )
             table.add_row(*plain(*cells))
         Console().print(table)
+        for row in rows:
+            if row.get("mean_age") is not None:
+                print(f"{row['prompt']}: what is read was written {row['mean_age']:.1f} updates ago, on average")
 
     emit(record, as_json, words)

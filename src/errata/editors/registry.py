@@ -23,6 +23,7 @@ _BUILT_IN: dict[str, str] = {
     "lora": "errata.editors.lora:Lora",
     "melo": "errata.editors.melo:Melo",
     "memit": "errata.editors.memit:Memit",
+    "memoryllm": "errata.editors.memoryllm:MemoryLLM",
     "memoir": "errata.editors.memoir:Memoir",
     "mend": "errata.editors.mend:Mend",
     "rome": "errata.editors.rome:Rome",

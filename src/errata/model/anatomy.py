@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Anatomy",
     "AnatomyDeclaration",
+    "attention_of",
     "find_anatomy",
     "input_width",
     "is_linear",
@@ -134,7 +135,8 @@ def _takes_attention_mask(module: nn.Module) -> bool:
     return "attention_mask" in inspect.signature(module.forward).parameters
 
 
-def _attention_of(block: nn.Module) -> tuple[str, nn.Module] | None:
+def attention_of(block: nn.Module) -> tuple[str, nn.Module] | None:
+    """The outermost attention inside a block, with its path there; None if it has none."""
     for name, module in block.named_modules():
         if name and _takes_attention_mask(module) and any(is_linear(m) for m in module.modules()):
             return name, module
@@ -167,7 +169,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     candidates: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in reader.named_modules(prefix=where):
         alike = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        if alike and _attention_of(module[0]) is not None:
+        if alike and attention_of(module[0]) is not None:
             candidates.append((sum(p.numel() for p in module.parameters()), name, module))
     if not candidates:
         lists = [
@@ -274,7 +276,7 @@ def find_anatomy(model: PreTrainedModel, declared: AnatomyDeclaration | None = N
     mlp_outputs, attention_outputs, key_widths = [], [], []
     for index, block in enumerate(blocks):
         where = f"{list_path}.{index}"
-        attention = _attention_of(block)
+        attention = attention_of(block)
         if declared.mlp_output is None and attention is None:
             raise AnatomyError(f"{where} has no attention. Modules:\n{_describe(block)}")
         mlp = declared.mlp_output or _mlp_output_of(block, attention[0] if attention else "", hidden, where)

@@ -22,6 +22,7 @@ from errata.model.encoder_decoder import decoder_start, encode_pair, head_inputs
 from errata.model.fingerprint import weights_fingerprint
 from errata.model.generation import greedy, stop_tokens
 from errata.model.head import checked_head
+from errata.model.prefixed_attention import PrefixContribution, PrefixedAttention
 from errata.model.scoring import perplexity
 from errata.model.sequences import BASE, AdapterNames, SequenceTracker
 from errata.model.spans import SubjectSpan, locate_subject
@@ -249,7 +250,8 @@ class EditableModel:
         """True when what is attached acts on all rows of a batch in the same way: by changes of weight alone."""
         edited = (module for module in self.model.modules() if isinstance(module, EditedLinear))
         is_routed = any(one.is_routed for layer in edited for one in layer.contributions)
-        return not (is_routed or self.sequences.is_selecting)
+        is_prefixed = any(isinstance(one, PrefixContribution) for one in self.sequences.owners)
+        return not (is_routed or is_prefixed or self.sequences.is_selecting)
 
     def module(self, path: str) -> nn.Module:
         found: nn.Module = self.model.get_submodule(path)
@@ -301,13 +303,16 @@ class EditableModel:
     # --- where adapters attach --------------------------------------------------------------------------------
 
     def contribute(self, path: str, contribution: Contribution, name: str | None = None) -> None:
-        """Attach a contribution to the linear layer at `path`, behind those already there.
+        """Attach a contribution to the linear layer at `path`, behind those already there; one that is to be read by an
+        attention (`PrefixContribution`) to the attention at `path`.
 
         Args:
             name: of the adapter that it belongs to. Without one it acts wherever no adapters are selected.
         """
-        layer = self.module(path)
-        if not isinstance(layer, EditedLinear):
+        layer: Any = self.module(path)
+        if isinstance(contribution, PrefixContribution):
+            layer = PrefixedAttention.at(self, path) or PrefixedAttention.put(self, path)
+        elif not isinstance(layer, EditedLinear):
             offload = getattr(layer, "_hf_hook", None)
             if getattr(offload, "offload", False):
                 raise ModelError(
@@ -322,12 +327,14 @@ class EditableModel:
 
     def withdraw(self, path: str, contribution: Contribution) -> None:
         """Take a contribution away; the base layer itself returns when the last one has gone."""
-        layer = self.module(path)
-        if not isinstance(layer, EditedLinear) or not any(c is contribution for c in layer.contributions):
+        layer: Any = self.module(path)
+        if isinstance(contribution, PrefixContribution):
+            layer = PrefixedAttention.at(self, path)
+        if not any(c is contribution for c in getattr(layer, "contributions", ())):
             raise ModelError(f"nothing of this adapter is attached at {path}")
         layer.remove(contribution)
         self.sequences.owners.pop(contribution, None)
-        if not layer.contributions:
+        if isinstance(layer, EditedLinear) and not layer.contributions:
             layer.base.train(layer.training)
             self._put(path, layer.base)
         self.sequences.release()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FEW = 8  # tokens within which most answers end
 
-__all__ = ["Written", "continued", "greedy", "plain_generation", "sample", "stop_tokens", "write"]
+__all__ = ["Written", "beginning_token", "continued", "greedy", "plain_generation", "sample", "stop_tokens", "write"]
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def sample(model: EditableModel, prompt: str, *, tokens: int, top_k: int, genera
     where it begins with a new word: the prompt with the text behind it reads as the model wrote it. What an
     encoder-decoder model answers is a text of its own and always begins with a space.
     """
-    ids = list(model.passage(prompt).ids) or [_beginning(model)]
+    ids = list(model.passage(prompt).ids) or [beginning_token(model)]
     first = len(ids)
     cache = None
     step, write = _writer(model, ids)
@@ -182,7 +182,7 @@ def _writer(model: EditableModel, ids: list[int]) -> tuple[Tensor, Callable[[Ten
     return torch.tensor([ids], device=model.device), go_on
 
 
-def _beginning(model: EditableModel) -> int:
+def beginning_token(model: EditableModel) -> int:
     """What text begins after when there is no prompt and the tokenizer puts nothing in front.
 
     The beginning token, else the end token, which stands between texts (ROME begins its prefixes with GPT-2's

@@ -1,7 +1,8 @@
 """Looking into a forward pass, and changing one layer's output for a moment.
 
 All temporary hooks of errata go through `probing`: it resolves every module first, fails if one is missing, and
-always removes its hooks. What stays attached to a model is never a hook but a replaced module (`edited_linear`).
+always removes its hooks. What stays attached to a linear layer is never a hook but a replaced module
+(`edited_linear`); in front of an attention, `prefixed_attention` puts a hook of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def probing(
     """Call probes before and after the named modules run.
 
     Args:
-        before: probes called with (module, args, kwargs, None); their result is ignored.
+        before: probes called with (module, args, kwargs, None); a result that is not None is the pair of args and
+            kwargs that the module gets instead.
         after: probes called with (module, args, kwargs, output); a result that is not None replaces the output.
 
     Raises:
@@ -40,9 +42,9 @@ def probing(
         except AttributeError as error:
             raise ModelError(f"cannot look into {path!r}: this model has no such module") from error
 
-    def as_pre_hook(probe: Probe) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            probe(module, args, kwargs, None)
+    def as_pre_hook(probe: Probe) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return probe(module, args, kwargs, None)
 
         return hook
 
