@@ -206,8 +206,8 @@ class MemoryLLM(Editor[MemoryLLMConfig]):
 
     name = "memoryllm"
     summary = (
-        "a pool of memory tokens per layer, which the model rewrites as it reads a text; no gradient, but edits take only "
-        "on a model that was trained to read it (not built yet)"
+        "a pool of memory tokens per layer, which the model rewrites as it reads a text; no gradient, but edits take "
+        "only on a model that was trained to read it (not built yet)"
     )
     paper = "MemoryLLM, ICML 2024 (2402.04624)"
     Config = MemoryLLMConfig
