@@ -577,10 +577,22 @@ def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
     axes.set_ylim(0.0, 1.0)
     label_ends(axes, [(1, 1.0, "a", "k"), (1, 1.0, "b", "k"), (1, 0.99, "c", "k"), (1, 0.2, "d", "k")], gap=0.1)
     heights = {text.get_text(): text.xy[1] for text in axes.texts}
-    assert heights["d"] == 0.2
+    assert heights["d"] == pytest.approx(0.2)
     ordered = sorted(heights.values())
     assert min(b - a for a, b in itertools.pairwise(ordered)) >= 0.1 - 1e-9
-    assert max(ordered) <= 1.0
+    assert max(ordered) <= 1.0 + 1e-9
+    label_ends(axes, [(1, math.nan, "nowhere", "k")])
+    assert "nowhere" not in {text.get_text() for text in axes.texts}
+
+
+def test_names_stand_at_their_lines_on_a_scale_of_logarithms_too() -> None:
+    from errata.evaluation.figures import label_ends, styled_figure
+
+    _, (axes,) = styled_figure(5, 4)
+    axes.set(ylim=(1.0, 1000.0), yscale="log")
+    label_ends(axes, [(1, 10.0, "a", "k"), (1, 1000.0, "b", "k"), (1, 999.0, "c", "k")], gap=0.1)
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == {"a": pytest.approx(10), "b": pytest.approx(1000), "c": pytest.approx(10**2.7)}
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -55,21 +55,26 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
     """Name lines at their right ends (x, y, name, colour), pushed apart vertically where they would overlap.
 
     Args:
+        axes: with the limits that they will have.
         gap: least distance between two names, as a share of the axis.
     """
-    low, high = axes.get_ylim()
-    room = gap * (high - low)
-    known = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    places: list[float] = []
-    for _, y, _, _ in known:
-        places.append(max(y, places[-1] + room) if places else y)
-    over = max(0.0, places[-1] - high) if places else 0.0  # the topmost may stand at the edge, not above it
-    for at in reversed(range(len(places))):
-        limit = high if at == len(places) - 1 else places[at + 1] - room
-        places[at] = min(places[at], limit) if over else places[at]
-    for (x, _, name, colour), y in zip(known, places, strict=True):
+    known = [end for end in ends if math.isfinite(end[1])]
+    if not known:
+        return
+    axes.get_xlim(), axes.get_ylim()  # limits that follow from what is drawn are set when they are asked for
+    heights = axes.transAxes.inverted().transform(axes.transData.transform([end[:2] for end in known]))[:, 1]
+    order = sorted(range(len(known)), key=lambda at: float(heights[at]))
+    places: list[float] = []  # as shares of the axis, so that a scale of logarithms is no other case
+    for at in order:
+        places.append(max(float(heights[at]), places[-1] + gap) if places else float(heights[at]))
+    if places and places[-1] > 1:  # the topmost may stand at the edge, not above it
+        for at in reversed(range(len(places))):
+            places[at] = min(places[at], 1.0 if at == len(places) - 1 else places[at + 1] - gap)
+    back = axes.transData.inverted().transform(axes.transAxes.transform([(1.0, place) for place in places]))[:, 1]
+    for at, y in zip(order, back, strict=True):
+        x, _, name, colour = known[at]
         axes.annotate(
-            name, (x, y), xytext=(7, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
+            name, (x, float(y)), xytext=(7, 0), textcoords="offset points", color=colour, fontsize=9, va="center",
             annotation_clip=False,
         )  # fmt: skip
 

@@ -56,7 +56,7 @@ def dual_facets(bench: Workbench) -> StudyResult:
     claims = _claims(study, names, trials, total)
     modifying = [name for name in names if study.last(name)["divergence"] is not None]
     bench.notes += _notes(bench)
-    told = ", ".join(f"{name} {cell(study.last(name)['change'])}" for name in names)
+    told = ", ".join(f"{name} {round(study.last(name)['change'], 2) + 0:.2f}" for name in names)
     found = f"After {total} edits, accuracy on six capabilities changed by: {told}."
     main = [row for row in study.rows if row["method"] in names or row["method"] == "unedited"]
     figures = {
@@ -234,7 +234,7 @@ def _parameters(subject: _Subject) -> int:
 
 def _told(row: Mapping[str, Any], name: str = "change") -> str:
     low, high = row[f"{name}_interval"]
-    return f"{cell(row[name])} ({cell(low)} to {cell(high)})"
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _between(measure: Measure) -> str:
