@@ -108,7 +108,8 @@ def test_a_study_leaves_its_files_and_makes_nothing_twice(
     assert [row["marked"] for row in first.rows] == [3, 14, 27, 55], "the paper's shares of 14,336, of 96 columns"
     assert [row["reliability_forced"] for row in first.rows[2:]] == [1.0, 1.0]
     folder = tmp_path / "memoir-k-sweep"
-    assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "result.json", "table.md", "figure.png", "runs"}
+    written = {"report.html", "rows.jsonl", "result.json", "table.md", "table.tex", "figure.png", "runs"}
+    assert {path.name for path in folder.iterdir()} == written
     assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert saved["found"] == first.found
