@@ -16,6 +16,7 @@ from errata.evaluation.figures import retention_lines, run_style, styled_figure
 from errata.evaluation.page import Cell, Grid, Page, Picture, Section, Verbatim, flattened, grid, write_page
 from errata.evaluation.rows import write_lines
 from errata.evaluation.tables import cell, latex_table, markdown_table
+from errata.evaluation.triangle import triangle_figure
 
 ROWS = [
     {"method": "ft_m", "kept": 0.5, "kept_interval": [0.25, 0.75], "edits": 10},
@@ -119,6 +120,15 @@ def test_retention_is_drawn_from_the_last_checkpoint() -> None:
     ]
     (line,) = retention_lines(rows).axes[0].get_lines()
     assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 3], [1.0, 0.25]]
+
+
+def test_a_triangle_says_what_was_not_asked() -> None:
+    row = {"method": "a", "edits": 1, "reliability": 0.5, "generalization": None, "locality": None}
+    nothing = {**row, "method": "b", "reliability": None}
+    first, second = (" ".join(text.get_text() for text in axes.texts) for axes in triangle_figure([row, nothing]).axes)
+    assert "0.50" in first
+    assert (first.count("–"), second.count("–")) == (2, 3)
+    assert "nan" not in first + second
 
 
 DAMAGE: dict[str, Any] = {

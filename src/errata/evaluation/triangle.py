@@ -53,14 +53,16 @@ def triangle_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             continue
         values = {name: number(row[name]) for name in _CORNERS}
         outline = [_corner(name, value) for name, value in values.items() if math.isfinite(value)]
-        one.fill([x for x, _ in outline], [y for _, y in outline], color=colour, alpha=0.35, linewidth=0)
-        one.plot(*zip(*outline, outline[0], strict=True), color=colour, linewidth=1.8)
+        if outline:
+            one.fill([x for x, _ in outline], [y for _, y in outline], color=colour, alpha=0.35, linewidth=0)
+            one.plot(*zip(*outline, outline[0], strict=True), color=colour, linewidth=1.8)
         for name, value in values.items():
             x, y = _corner(name, 1.0)
             above = name == "reliability"
             word = f"{name}\n" if place == 0 else ""
+            told = f"{value:.2f}" if math.isfinite(value) else "–"  # nothing of it was asked
             one.annotate(
-                f"{word}{value:.2f}" if above else f"{value:.2f}\n{word}".rstrip(), (x, y),
+                f"{word}{told}" if above else f"{told}\n{word}".rstrip(), (x, y),
                 xytext=(0, 3 if above else -3), textcoords="offset points", ha="center", fontsize=8.5,
                 va="bottom" if above else "top", color="#333333",
             )  # fmt: skip

@@ -141,7 +141,7 @@ _STUDIES = (
     Study(
         "dual-facets",
         "What does a sequence of edits do to everything else the model can do, and why?",
-        "eight runs of 100 edits, examined six times, and what mitigates; 68 minutes of one core",
+        "eight runs of 100 edits, examined six times, and what mitigates; about 70 minutes of one core",
         "errata.studies.dual_facets:dual_facets",
     ),
     Study(

@@ -129,8 +129,13 @@ class _Subject:
         return self.bench.row(arm, self.edits[:count], ["dual facets", self.label, facets.SIZES], make)
 
 
+def _loaded(bench: Workbench, name: str) -> EditableModel:
+    """Where the study's own model is, and as precise."""
+    return EditableModel.load(name, device=bench.model.device, dtype=bench.model.dtype)
+
+
 def _beside(bench: Workbench, name: str, edits: Sequence[Edit]) -> _Subject:
-    model = EditableModel.load(name)
+    model = _loaded(bench, name)
     if model.fingerprint == bench.model.fingerprint:
         raise ConfigError(f"--beside {name} is the model of the study itself; give one of another size")
     return _Subject(f" on {name.rstrip('/').rpartition('/')[2]}", bench.beside(model), edits, lambda _, text: text)
@@ -138,7 +143,7 @@ def _beside(bench: Workbench, name: str, edits: Sequence[Edit]) -> _Subject:
 
 def _tuned(bench: Workbench, edits: Sequence[Edit]) -> _Subject:
     """The tuned atlas, edited and asked in its chat template, but for code, which it was not tuned on."""
-    model = EditableModel.load("atlas-instruct")
+    model = _loaded(bench, "atlas-instruct")
     return _Subject(
         " on atlas-instruct",
         bench.beside(model),

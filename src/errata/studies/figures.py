@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["INK", "dots", "gaps", "lines", "property_lines", "titled", "triangles"]
 
 INK = "#333333"
-_GREY = "#9a9a9a"
 _COLOURS = {"reliability": COLOURS[0], "generalization": COLOURS[2], "locality": COLOURS[1]}
 _MARKERS = {"reliability": "o", "generalization": "s", "locality": "D"}
 _AXES = {
