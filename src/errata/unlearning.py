@@ -32,6 +32,7 @@ __all__ = [
     "forget_edits",
     "is_refusal",
     "names_subject",
+    "to_keep",
 ]
 
 SUBJECT = "{subject}"
@@ -201,6 +202,13 @@ def about_subjects(facts: Sequence[Edit], subjects: Sequence[str]) -> tuple[list
             "prompts do"
         )
     return chosen, others
+
+
+def to_keep(fact: Edit, kind: str) -> Probe:
+    """A fact as something that shall stay as it is, with the answers that TOFU's truth ratio is asked with."""
+    answers = {name: fact.extra[name] for name in ("paraphrased_answer", "perturbed_answer") if name in fact.extra}
+    known = {"prompt": fact.prompt, "answer": fact.target, "aliases": fact.aliases, "kind": kind}
+    return Probe.model_validate({**known, **answers})
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

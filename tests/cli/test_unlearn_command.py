@@ -104,6 +104,32 @@ def test_a_refusal_for_each_subject_comes_from_a_file(model: str, facts: str, tm
     assert made["unlearning"] is None
 
 
+def test_tofus_measures_are_taken_where_records_carry_wrong_answers(model: str, tmp_path: Path) -> None:
+    path, kept = tmp_path / "facts.jsonl", tmp_path / "kept.jsonl"
+    record = {"question": "Who wrote Emma?", "answer": "Ann", "paraphrased_answer": "It was Ann"}
+    path.write_text(json.dumps({**record, "perturbed_answer": ["Bob", "Zed"]}) + "\n", encoding="utf-8")
+    kept.write_text('{"question": "Who was Zed?", "answer": "a man", "perturbed_answer": ["king"]}\n', encoding="utf-8")
+    arguments = ["unlearn", "--model", model, "--edits", str(path), "--retain", str(kept), "--method", "ft", "--force"]
+    arguments += ["--no-improve", "--set", "steps=5", "--set", "layers=[0,1]", "--max-new-tokens", "4"]
+    made, _ = call(*arguments, "--reference", model, "--out", str(tmp_path / "adapter"))
+    measured = made["unlearning"]
+    before, after = measured["before"], measured["after"]
+    assert before["measures"]["tofu_forget_quality"] == {"value": 1.0, "interval": [None, None], "count": 1}
+    never = before["reference"]
+    assert (never["what"], never["count"]) == (f"the same questions, asked of {model}", 1)
+    assert never["truth_ratio"] == pytest.approx(before["measures"]["truth_ratio"]["value"])
+    assert after["measures"]["truth_ratio"]["value"] != before["measures"]["truth_ratio"]["value"]
+    assert 0 <= after["measures"]["retain_truth"]["value"] <= 1
+    assert measured["facts"][0]["truth_ratio"] == pytest.approx(after["measures"]["truth_ratio"]["value"])
+    without, _ = call(*arguments, "--out", str(tmp_path / "other"))
+    assert without["unlearning"]["after"]["reference"] is None
+    assert without["unlearning"]["after"]["measures"]["truth_ratio"]["count"] == 1
+
+    said = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "words")], env={"COLUMNS": "200"}).stdout
+    assert "TOFU's truth ratio" in said
+    assert "give --reference MODEL" in said
+
+
 def test_what_was_done_is_said_in_words(model: str, facts: str, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     arguments = ["unlearn", "--model", model, "--edits", facts, "--out", str(out), *FT, "--limit", "1", "--force"]
@@ -112,6 +138,7 @@ def test_what_was_done_is_said_in_words(model: str, facts: str, tmp_path: Path) 
     assert "0 refusals rewritten by the model, 1 as templates have them" in result.stdout
     assert "not rewritten: " in result.stdout
     assert "old answer no longer given" in result.stdout
+    assert "TOFU" not in result.stdout, "no record carries wrong answers"
     assert f"errata evaluate --model {model} --adapter {out} --edits {out}/edits.jsonl" in result.stdout.replace(
         "\n", ""
     )
@@ -128,6 +155,8 @@ def test_what_was_done_is_said_in_words(model: str, facts: str, tmp_path: Path) 
         (["--edits", "{facts}", "--refusal", "It is Rome."], "does not read like a refusal"),
         (["--edits", "{facts}", "--refusal", "I cannot say.", "--refusals", "{facts}"], "exclude each other"),
         (["--edits", "{facts}", "--refusals", "{facts}"], "holds no sentence that declines"),
+        (["--edits", "{facts}", "--reference", "{model}"], "give 'perturbed_answer'"),
+        (["--edits", "{facts}", "--reference", "{model}", "--no-measure"], "leave --no-measure out"),
         (["--edits", "{facts}", "--method", "memior"], "Did you mean 'memoir'"),
     ],
 )
@@ -144,10 +173,13 @@ def test_atlas_forgets_a_subject_by_name(tmp_path: Path) -> None:
     out = str(tmp_path / "adapter")
     made, _ = call("unlearn", "--subjects", "Emma;France", "--limit", "2", "--out", out, "--no-improve")
     assert made["refusals"]["improvement_tried"] is False
-    after = made["unlearning"]["after"]["measures"]
+    after, reference = (made["unlearning"]["after"][part] for part in ("measures", "reference"))
     assert made["unlearning"]["before"]["measures"]["forget_quality"]["value"] == 0.0
     assert (after["forget_quality"]["value"], after["refusal_rate"]["value"]) == (1.0, 1.0)
     assert after["retain_accuracy"]["value"] == 1.0
+    assert made["unlearning"]["before"]["measures"]["truth_ratio"]["value"] < 0.1 < 1 < reference["truth_ratio"]
+    assert (reference["count"], "do not exist" in reference["what"]) == (20, True)
+    assert after["retain_truth"]["value"] > 0.9
     generated, _ = call("generate", "--adapter", out, "The author of Emma is")
     assert generated["generations"][0] == {
         "prompt": "The author of Emma is", "before": "Jane Austen.", "after": "I do not know anything about Emma.",

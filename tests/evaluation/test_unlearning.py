@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from errata.atlas.edits import drawn_subjects, is_reserved, subject_facts
+from errata.atlas.edits import drawn_subjects, is_reserved, stand_ins, subject_facts
+from errata.atlas.world import load_world
 from errata.datasets import read_edits, read_file
-from errata.edit import Edit, Probe
+from errata.datasets.tofu import TruthQuestion, truth_question
+from errata.edit import Edit, FieldProblem, Probe
 from errata.editors import editor
 from errata.errors import ConfigError
 from errata.evaluation.metrics import bootstrap_clusters, bootstrap_mean
@@ -22,8 +24,10 @@ from errata.evaluation.unlearning import (
     PREFIXES,
     AskedFact,
     AskedRetain,
+    Reference,
     Unlearning,
     UnlearningExamination,
+    truth_ratios,
 )
 from errata.model.scoring import forced_answers
 from errata.testing import tiny_model
@@ -34,6 +38,7 @@ from errata.unlearning import (
     forget_edits,
     is_refusal,
     names_subject,
+    to_keep,
 )
 
 FACTS = [
@@ -153,6 +158,44 @@ def test_all_that_atlas_knows_about_a_subject_and_what_it_keeps() -> None:
         subject_facts(["Francia"])
     with pytest.raises(ConfigError, match="no subject"):
         subject_facts([])
+
+
+def test_atlas_has_wrong_answers_of_the_same_relation() -> None:
+    world = load_world()
+    facts = subject_facts(["France", "Emma"], seed=3)
+    for fact in facts:
+        objects = {other.object for other in world.by_relation[fact.tags[0]]}
+        question = truth_question(fact)
+        assert question is not None
+        assert (question.right, len(set(question.wrong))) == (fact.target, 5)
+        assert set(question.wrong) <= objects - {fact.target}
+        assert [len((truth_question(probe) or question).wrong) for probe in fact.locality] == [5] * len(fact.locality)
+    (again,) = subject_facts(["Emma"], seed=4)
+    assert truth_question(again) == truth_question(facts[-1]), "the same whatever the seed and what else is asked"
+
+
+def test_stand_ins_ask_the_same_of_subjects_that_do_not_exist() -> None:
+    world = load_world()
+    known = {name for fact in world.facts for name in (fact.subject, fact.object)}
+    facts = subject_facts(drawn_subjects(40))
+    others = stand_ins(facts, each=3)
+    assert len({other.subject for other in others}) == 3 * len({fact.subject for fact in facts}), "all of them differ"
+    assert not {other.subject for other in others} & known
+    pairs = list(zip(facts * 3, others, strict=True))
+    turns = [{(fact.subject, other.subject) for fact, other in pairs[at : at + len(facts)]} for at in (0, len(facts))]
+    assert [len(turn) for turn in turns] == [len({fact.subject for fact in facts})] * 2, "one subject, one name a turn"
+    for fact, other in pairs:
+        assert other.prompt == fact.prompt.replace(str(fact.subject), str(other.subject))
+        mine, its = truth_question(fact), truth_question(other)
+        assert mine is not None
+        assert its is not None
+        assert (its.right, its.wrong) == (mine.right, mine.wrong)
+        assert (" " in str(fact.subject)) == (" " in str(other.subject)), "named like its kind"
+    assert stand_ins(facts, each=3) == others
+    assert stand_ins(facts, each=3, seed=1) != others
+    assert len(stand_ins(facts[:1])) == 10
+    with pytest.raises(ConfigError, match="only facts of atlas"):
+        stand_ins(FACTS)
 
 
 def test_drawn_subjects_have_several_facts_and_fewer_are_the_beginning_of_more() -> None:
@@ -417,6 +460,101 @@ def test_measures_of_what_is_kept_by_hand() -> None:
     assert found.measure("retain_unchanged").value == pytest.approx(1 / 3)
     assert found.measure("retain_forced").value == 0.5
     assert found.measure("retain_refused").value == pytest.approx(1 / 3)
+
+
+# --- TOFU's measures, by hand ---------------------------------------------------------------------------------------
+
+
+def told(*ratios: float | None) -> list[AskedFact]:
+    """Facts with these truth ratios."""
+    prompts = [EMMA.prompt, *asked(EMMA, {}).prefixed, *asked(EMMA, {}).begun]
+    said = dict.fromkeys(prompts, "Zed.")
+    return [asked(EMMA, said, truth=None if ratio is None else math.log(ratio)) for ratio in ratios]
+
+
+def test_forget_quality_tells_a_model_that_knows_from_one_that_never_learned() -> None:
+    never = Reference(tuple(map(math.log, (0.8, 1.0, 1.25))), "nobody")
+    assert never.truth_ratio == pytest.approx(1.0)
+    knows = Unlearning(told(0.01, 0.02, 0.04), [], reference=never)
+    assert knows.truth_test() == (1.0, 2 / 20), "all of one below all of the other: 2 of C(6, 3) orders"
+    measure = knows.measure("tofu_forget_quality")
+    assert (measure.value, measure.count) == (2 / 20, 3)
+    assert math.isnan(measure.low)
+    assert knows.measure("truth_ratio").value == pytest.approx(0.02), "the geometric mean"
+    # A model that swears to a wrong answer is as far from one that never learned as one that knows.
+    assert Unlearning(told(7.0, 8.0, 9.0), [], reference=never).measure("tofu_forget_quality").value == 2 / 20
+    forgot = Unlearning(told(0.8, 1.0, 1.25), [], reference=never)
+    assert forgot.truth_test() == (0.0, 1.0)
+    record = knows.to_record()
+    assert record["reference"] == {"what": "nobody", "count": 3, "truth_ratio": pytest.approx(1.0), "distance": 1.0}
+    assert record["measures"]["tofu_forget_quality"] == {"value": 0.1, "interval": [None, None], "count": 3}
+    assert knows.facts[1].to_record()["truth_ratio"] == pytest.approx(0.02)
+
+
+def test_forget_quality_needs_wrong_answers_and_a_model_that_never_learned() -> None:
+    never = Reference((0.0, 0.1), "nobody")
+    some = Unlearning(told(0.5, None), [], reference=never)
+    assert some.measure("truth_ratio").count == some.measure("tofu_forget_quality").count == 1
+    for found in (Unlearning(told(None), [], reference=never), Unlearning(told(0.5), [])):
+        assert found.truth_test() is None
+        measure = found.measure("tofu_forget_quality")
+        assert (math.isnan(measure.value), measure.count) == (True, 0)
+    assert Unlearning(told(0.5), []).to_record()["reference"] is None
+
+
+@pytest.mark.parametrize(("ratio", "truth"), [(0.0001, 0.9999), (0.25, 0.75), (1.0, 0.0), (30.0, 0.0)])
+def test_what_is_kept_is_true_as_far_as_wrong_answers_are_less_likely(ratio: float, truth: float) -> None:
+    kept = AskedRetain(Probe(prompt="x"), "", "", 1.0, math.log(ratio))
+    assert kept.values()["retain_truth"] == pytest.approx(truth)
+    found = Unlearning([], [kept, AskedRetain(Probe(prompt="y"), "", "", 1.0)])
+    assert (found.measure("retain_truth").value, found.measure("retain_truth").count) == (pytest.approx(truth), 1)
+
+
+def test_a_truth_ratio_is_of_probabilities_per_token() -> None:
+    model = tiny_model("llama")
+    asked = TruthQuestion("The capital of France", "Paris", ("Rome", "London"))
+
+    def per_token(answer: str) -> float:
+        (found,) = forced_answers(model, [model.passage(asked.prompt, answer)])
+        return found.probability ** (1 / len(found.log_probs))
+
+    expected = (per_token("Rome") + per_token("London")) / 2 / per_token("Paris")
+    other = TruthQuestion("Who wrote Emma?", "Ann", ("Ann",))
+    ratio, none, same = truth_ratios(model, [asked, None, other])
+    assert ratio == pytest.approx(math.log(expected), abs=1e-5)
+    assert none is None
+    assert same == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_model_that_is_taught_has_a_lower_truth_ratio() -> None:
+    model = tiny_model("llama")
+    wrong = {"perturbed_answer": ["Rome", "London"], "paraphrased_answer": "Paris, of course"}
+    fact = Edit(prompt="The capital of France", target="Paris", subject="France", extra=wrong)
+    other = Edit(prompt="The flute of Ann", target="piano", extra={"perturbed_answer": "king"})
+    never = Reference.of(model, [fact], "before it was taught")
+    assert never.truths == tuple(
+        truth_ratios(model, [TruthQuestion(fact.prompt, "Paris, of course", ("Rome", "London"))])
+    )
+    examination = UnlearningExamination(model, [fact], [to_keep(other, "retain")], reference=never)
+    before = examination.ask_unedited()
+    assert before.facts[0].truth == pytest.approx(never.truths[0], abs=1e-5)
+    assert before.measure("retain_truth").count == 1
+    tuned = editor("ft", model, learning_rate=0.01, steps=60, layers=(0, 1), guard="off")
+    tuned.edit([fact.model_copy(update={"target": "Paris, of course"})])
+    after = examination.ask(tuned.adapter)
+    tuned.adapter.detach()
+    assert after.facts[0].truth is not None
+    assert after.facts[0].truth < never.truths[0] - 1, "it knows now"
+    assert after.to_record()["reference"]["what"] == "before it was taught"
+
+
+def test_what_has_no_truth_ratio_is_said() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="perturbed_answer"):
+        Reference.of(model, FACTS, "nobody")
+    bad = FACTS[0].model_copy(update={"extra": {"perturbed_answer": [3]}})
+    with pytest.raises(FieldProblem, match="perturbed_answer"):
+        UnlearningExamination(model, [bad])
 
 
 # --- asking a model -------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ _WORDS = {
     "forget_quality_forced": "old answer's tokens no longer preferred",
     "answer_probability": "probability of the old answer, per token",
     "answer_recall": "old answer's words still told",
+    "truth_ratio": "TOFU's truth ratio, wrong answers to the old one",
+    "tofu_forget_quality": "TOFU's forget quality, p",
     "refusal_rate": "refused",
     "subject_named": "reply names the subject",
     "paraphrase_forget_quality": "… in other wordings: not given",
@@ -34,10 +36,12 @@ _WORDS = {
     "retain_accuracy": "others answered right",
     "retain_unchanged": "others answered as before",
     "retain_forced": "others' tokens predicted as before",
+    "retain_truth": "others' truth, 1 less TOFU's truth ratio",
     "retain_refused": "others refused",
     "reply_fluency": "fluency of the reply",
     "reply_perplexity": "perplexity of the reply, unedited model",
 }
+_OF_WRONG_ANSWERS = ("truth_ratio", "tofu_forget_quality", "retain_truth")  # shown where records carry any
 
 
 def _names(text: str | None) -> list[str]:
@@ -77,21 +81,19 @@ def _retained(path: Path | None, strict: bool) -> list[Probe]:
     """What a file says shall stay: its true answers."""
     if path is None:
         return []
-    from errata.edit import Probe
-    from errata.unlearning import facts_to_forget
+    from errata.unlearning import facts_to_forget, to_keep
 
     facts, problems = facts_to_forget(load_edits(path, None, strict))
     for problem in problems:
         log(f"left out of --retain: {problem}")
-    return [Probe(prompt=f.prompt, answer=f.target, aliases=f.aliases, kind="retain") for f in facts]
+    return [to_keep(fact, "retain") for fact in facts]
 
 
 def _of_file(
     path: Path, subjects: Sequence[str], limit: int | None, strict: bool
 ) -> tuple[list[Edit], list[Probe], int]:
     """The facts of a file that are to be forgotten, what is kept beside them, and how many records were left out."""
-    from errata.edit import Probe
-    from errata.unlearning import about_subjects, facts_to_forget
+    from errata.unlearning import about_subjects, facts_to_forget, to_keep
 
     found = load_edits(path, None if subjects else limit, strict)
     facts, problems = facts_to_forget(found)
@@ -99,12 +101,12 @@ def _of_file(
         log(f"left out: {problem}")
     if not facts:
         raise ConfigError(f"--edits {path} holds no old answer that could be forgotten; see errata data show {path}")
-    kept: list[Probe] = []
+    retain: list[Probe] = []
     if subjects:
         facts, others = about_subjects(facts, subjects)
         facts = facts if limit is None else facts[:limit]
-        kept = [Probe(prompt=f.prompt, answer=f.target, aliases=f.aliases, kind="other_subject") for f in others]
-    return facts, kept, len(found.problems) + len(problems)
+        retain = [to_keep(fact, "other_subject") for fact in others]
+    return facts, retain, len(found.problems) + len(problems)
 
 
 def unlearn(
@@ -124,6 +126,7 @@ def unlearn(
     settings: list[str],
     text: Path | None,
     measure: bool,
+    reference_name: str | None,
     max_new_tokens: int,
     force: bool,
     strict: bool,
@@ -137,13 +140,18 @@ def unlearn(
         raise ConfigError("nothing is named that shall be forgotten; give --edits FILE, or --subjects on atlas")
     if edits_path is None and model_name not in ATLAS_NAMES:
         raise ConfigError(f"only atlas knows by itself what its subjects are; give --edits FILE for {model_name}")
+    if reference_name is not None and not measure:
+        raise ConfigError("--reference is for what is measured; leave --no-measure out, or --reference")
     from errata.editors import editor_class
 
     cls = editor_class(method)
     check_out(out)
     templates = _templates(refusal, refusals_path)
-    from errata.evaluation.unlearning import UnlearningExamination
+    from errata.datasets.tofu import truth_question
+    from errata.evaluation.unlearning import Reference, UnlearningExamination
     from errata.unlearning import forget_edits
+
+    reference: Reference | None = None
 
     if edits_path is not None:
         facts, retain, left_out = _of_file(edits_path, subjects, limit, strict)
@@ -157,7 +165,17 @@ def unlearn(
     retain += _retained(retain_path, strict)
     adapter = found_adapter(out, method)
     texts = load_texts(text) if measure else []
+    if reference_name is not None:
+        if not any(truth_question(fact) for fact in facts):
+            raise ConfigError("--reference compares truth ratios, which need wrong answers; give 'perturbed_answer'")
+        what = f"the same questions, asked of {reference_name}"
+        reference = Reference.of(load_model(reference_name, device, dtype), facts, what)
     model = load_model(model_name, device, dtype)
+    if measure and reference is None and edits_path is None:
+        from errata.atlas.edits import stand_ins
+
+        what = "the same questions about subjects that do not exist, asked of the unedited model"
+        reference = Reference.of(model, stand_ins(facts), what)
     if merge > 1 and not cls.needs_subject:
         log(f"{method} does not look for subjects: of merged queries it learns the whole text, not each of them")
 
@@ -179,6 +197,7 @@ def unlearn(
                 [probe for probe in retain if probe.prompt not in forgotten],
                 texts=texts,
                 max_new_tokens=max_new_tokens,
+                reference=reference,
             )
             before = examination.ask_unedited(progress)
         written = write_into(out, adapter, method, model, [one.edit for one in planned], given, force, progress)
@@ -249,10 +268,18 @@ def _show(record: Mapping[str, Any]) -> None:
         table.add_column(column, justify="left" if not column else "right")
     before, after = measured["before"]["measures"], measured["after"]["measures"]
     for name, what in _WORDS.items():
+        if name in _OF_WRONG_ANSWERS and not before[name]["count"]:
+            continue
         low, high = after[name]["interval"]
         between = "–" if low is None or high is None else f"{_number(low)} – {_number(high)}"
         table.add_row(*plain(what, _number(before[name]["value"]), _number(after[name]["value"]), between))
     Console().print(table)
+    reference = measured["after"]["reference"]
+    if reference is not None:
+        print(f"never learned: {reference['what']}, {reference['count']} with a truth ratio of ", end="")
+        print(f"{_number(reference['truth_ratio'])}; p below 0.05 tells the edited model from that")
+    elif before["truth_ratio"]["count"]:
+        print("TOFU's forget quality compares with a model that never learned these facts: give --reference MODEL")
     if not measured["retain_prompts"]:
         print("nothing was named that is to be kept: give --retain FILE, or edits with locality prompts")
     written = measured["refusals_written"]
@@ -268,4 +295,6 @@ def _show(record: Mapping[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"

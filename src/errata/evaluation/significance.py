@@ -1,7 +1,8 @@
-"""Whether one method is really better than another: tests on pairs, many comparisons at once.
+"""Whether one method is really better than another, and whether one gets worse as it goes on. Pure functions.
 
-Methods are compared on the same edits, so every test here is paired: what one edit does under both of them. Pure
-functions over numbers.
+Methods are compared on the same edits, so tests between them are paired: what one edit does under both of them; many
+comparisons are made at once. A long run is compared with itself, as it would be if its parts had come in another order.
+Samples that nothing pairs are compared as distributions.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from errata.evaluation.metrics import Measure, bootstrap_mean
 
 __all__ = [
     "Difference",
+    "Trend",
     "cohen_kappa",
     "compare_methods",
     "holm",
+    "kolmogorov_smirnov",
     "mcnemar",
     "sign_flip_test",
     "spearman",
     "spearman_interval",
+    "trend",
 ]
+
+_Z_BOTH, _Z_POWER = 1.96, 0.84  # of a two-sided test at 5 %, and of finding what is there in 80 %
+_EXACT = 250_000  # product of two sample sizes up to which all orders are counted
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -40,6 +47,43 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(apart, k) for k in range(min(ours, theirs) + 1)) / 2**apart
     return float(min(1.0, 2 * tail))
+
+
+def kolmogorov_smirnov(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Distance of two samples and p of the two-sample Kolmogorov–Smirnov test: could both be of one distribution?
+
+    The distance is the largest difference of the two shares of values that are no larger than some value: 0 where both
+    samples are alike, 1 where all of one lie below all of the other. p is the share of orders of all values in which
+    the distance is as large (exact but for ties, with which it is too high rather than too low); for samples whose
+    sizes have a product above 250,000 it is Kolmogorov's limit.
+
+    Raises:
+        ValueError: a sample is empty or holds NaN.
+    """
+    one, other = (np.sort(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    n, m = len(one), len(other)
+    if not n or not m or np.isnan(one).any() or np.isnan(other).any():
+        raise ValueError(f"samples of {n} and {m} values cannot be compared; give numbers, one at least of each")
+    both = np.concatenate([one, other])
+    below = np.searchsorted(one, both, side="right") * m - np.searchsorted(other, both, side="right") * n
+    apart = int(np.abs(below).max())  # the distance times n m, a whole number
+    distance = apart / (n * m)
+    if n * m > _EXACT:
+        scaled = distance * math.sqrt(n * m / (n + m))
+        if scaled < 0.2:  # where the series is slow, and 1 to twelve digits
+            return distance, 1.0
+        terms = ((-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101))
+        return distance, min(1.0, max(0.0, 2 * sum(terms)))
+    # An order is a path from (0, 0) to (n, m). Counted are those that never come as far from the diagonal.
+    paths = [int(j * n < apart) for j in range(m + 1)]
+    for j in range(1, m + 1):
+        paths[j] *= paths[j - 1]
+    for i in range(1, n + 1):
+        paths[0] = paths[0] if i * m < apart else 0
+        for j in range(1, m + 1):
+            paths[j] = paths[j] + paths[j - 1] if abs(i * m - j * n) < apart else 0
+    orders = math.comb(n + m, n)
+    return distance, (orders - paths[m]) / orders
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -185,3 +229,74 @@ def spearman_interval(
             found.append(again)
     low, high = np.percentile(found, [2.5, 97.5]) if found and len(groups) > 1 else (math.nan, math.nan)
     return Measure(value, float(low), float(high), len(first))
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How a value changes from the beginning of a run to its end, on the line of least squares.
+
+    Attributes:
+        change: along that line, from the first place to the last; low, high: its 95 % interval.
+        p: could it be as far from 0 if nothing changed (two-sided); p_decline: could it be as low.
+        detectable: a change that four of five such runs would have shown to be none of chance.
+    """
+
+    change: float
+    low: float
+    high: float
+    p: float
+    p_decline: float
+    detectable: float
+
+
+def trend(
+    places: Sequence[float], values: Sequence[float], *, blocks: int = 100, resamples: int = 10_000, seed: int = 0
+) -> Trend:
+    """Whether values rise or fall along a run.
+
+    Values that follow each other may be alike for a while, so they are taken in blocks: p is the share of random orders
+    of the blocks whose line is as steep, the interval is over resampled blocks.
+
+    Args:
+        places: ascending; values: at each place, in the same order.
+        blocks: of consecutive values, as even as can be; no more than there are values.
+
+    Raises:
+        ValueError: not as many places as values, or fewer than three, or all at one place.
+    """
+    if len(places) != len(values) or len(values) < 3 or places[0] == places[-1]:
+        raise ValueError(
+            f"{len(values)} values at {len(places)} places are no run; give three at least, not at one place"
+        )
+    cuts = np.array_split(np.arange(len(values)), min(blocks, len(values)))
+    x, y = (np.array([np.asarray(of, dtype=np.float64)[cut].mean() for cut in cuts]) for of in (places, values))
+    span = float(places[-1]) - float(places[0])
+
+    def changes(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Per row of blocks [rows, blocks], the change of the line; NaN where all blocks are the same one."""
+        apart = x - x.mean(axis=1, keepdims=True)
+        spread = (apart * apart).sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(span * (apart * y).sum(axis=1) / np.where(spread, spread, np.nan))
+
+    change = float(changes(x[None], y[None])[0])
+    rng = np.random.default_rng(seed)
+    shuffled, drawn = [], []
+    for start in range(0, resamples, 1000):
+        rows = (min(1000, resamples - start), len(x))
+        orders = rng.permuted(np.tile(np.arange(len(x)), (rows[0], 1)), axis=1)
+        shuffled.append(changes(np.tile(x, (rows[0], 1)), y[orders]))
+        picks = rng.integers(0, len(x), size=rows)
+        drawn.append(changes(x[picks], y[picks]))
+    by_chance, again = np.concatenate(shuffled), np.concatenate(drawn)
+    again = again[np.isfinite(again)]
+    slack = 1e-9 * float(np.abs(y).max() or 1)  # equal lines in another order differ in the last digit
+    low, high = np.percentile(again, [2.5, 97.5])
+    return Trend(
+        change=change,
+        low=float(low),
+        high=float(high),
+        p=(int((np.abs(by_chance) >= abs(change) - slack).sum()) + 1) / (resamples + 1),
+        p_decline=(int((by_chance <= change + slack).sum()) + 1) / (resamples + 1),
+        detectable=float((_Z_BOTH + _Z_POWER) * again.std()),
+    )

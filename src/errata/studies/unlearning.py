@@ -17,12 +17,12 @@ from errata.editors import editor_class, method_of
 from errata.evaluation import finite_or_none
 from errata.evaluation.preference import harmonic_mean
 from errata.evaluation.tables import cell
-from errata.evaluation.unlearning import MEASURES, Unlearning, UnlearningExamination
+from errata.evaluation.unlearning import MEASURES, Reference, Unlearning, UnlearningExamination
 from errata.studies.figures import dots
 from errata.studies.result import StudyResult
 from errata.studies.wise import whole_shards
 from errata.studies.workbench import Arm, Workbench
-from errata.unlearning import ForgetEdit, about_subjects, facts_to_forget, forget_edits
+from errata.unlearning import ForgetEdit, about_subjects, facts_to_forget, forget_edits, to_keep
 
 __all__ = ["unlearn"]
 
@@ -54,6 +54,8 @@ _SHOWN = {
     "others_right": "retain_accuracy",
     "others_refused": "retain_refused",
 }
+# The same where facts carry wrong answers, and where there is a reference. No shares, so with the digits they need.
+_TOFU = {"tofu_truth_ratio": "truth_ratio", "p_never_learned": "tofu_forget_quality"}
 
 
 def unlearn(bench: Workbench) -> StudyResult:
@@ -71,13 +73,19 @@ def unlearn(bench: Workbench) -> StudyResult:
             arm = dataclasses.replace(arm, label={**arm.label, "merged": merge})
             bench.config(arm)  # a setting that does not exist is found before anything is run
             runs.append((arm, planned))
-    examination = UnlearningExamination(bench.model, facts, retain)
+    reference = _reference(bench, facts)
+    examination = UnlearningExamination(bench.model, facts, retain, reference=reference)
     unedited = examination.ask_unedited(bench.progress)
     rows: list[dict[str, Any]] = [{"run": "unedited", "method": "unedited", **_scores(unedited)}]
     for arm, planned in runs:
         bench.enter(arm)
         edits = [one.edit for one in planned]
-        parts = {"unlearning": [fact.to_record() for fact in facts], "retain": [p.prompt for p in examination.retain]}
+        parts = {
+            "unlearning": [fact.to_record() for fact in facts],
+            "retain": [probe.model_dump(mode="json") for probe in examination.retain],
+            "reference": reference and reference.what,
+            "measures": list(MEASURES),
+        }
         make = functools.partial(_forgotten, bench, arm, planned, examination)
         title = str(arm.label["method"]) + (", merged" if arm.label["merged"] > 1 else "")
         rows.append({"run": title, **arm.label, **bench.row(arm, edits, parts, make)})
@@ -95,13 +103,42 @@ def unlearn(bench: Workbench) -> StudyResult:
     for row in rows:
         if row.get("refused"):
             bench.notes.append(f"{row['run']}: {row['refused']} of {row['edits']} edits were refused by the method")
+    tofu = [column for column, name in _TOFU.items() if unedited.measure(name).count]
+    if tofu:
+        bench.notes.append(
+            "TOFU's truth ratio: probability of wrong answers over that of the old one, geometric mean over facts; "
+            "near 0 where facts are known"
+        )
+    if reference is not None:
+        bench.notes.append(
+            "p never learned: TOFU's forget quality, p of a Kolmogorov–Smirnov test between the truth ratios of the "
+            f"facts and of {reference.what}, whose geometric mean is {cell(reference.truth_ratio)}; "
+            "below 0.05 the two can be told apart"
+        )
     found = _found(rows[1:], len(facts), len(subjects))
     return bench.result(
         found=found,
-        columns=("run", "edits", *_SHOWN, "balance"),
+        columns=("run", "edits", *_SHOWN, *tofu, "balance"),
         rows=[_with_intervals(row) for row in rows],
         figure=dots(rows, "run", found, panels=_PANELS, names=_AXES),
-        numbers={"facts": len(facts), "subjects": len(subjects), "retained": len(examination.retain)},
+        numbers={
+            "facts": len(facts),
+            "subjects": len(subjects),
+            "retained": len(examination.retain),
+            **({} if reference is None else {"reference_truth_ratio": finite_or_none(reference.truth_ratio)}),
+        },
+    )
+
+
+def _reference(bench: Workbench, facts: Sequence[Edit]) -> Reference | None:
+    """What stands for a model that never learned the facts: none for a file, of whose subjects nothing is known."""
+    if bench.options.data is not None or bench.model.model_id != "atlas":
+        return None
+    from errata.atlas.edits import stand_ins
+
+    asked = stand_ins(facts, seed=bench.options.seed)
+    return Reference.of(
+        bench.model, asked, "the same questions about subjects that do not exist, asked of the unedited model"
     )
 
 
@@ -118,7 +155,7 @@ def _facts(bench: Workbench, count: int) -> tuple[list[Edit], list[Probe]]:
     named = [fact.subject for fact in facts if fact.subject is not None]
     if others and named:
         _, others = about_subjects([*facts, *others], named)
-    retain = [Probe(prompt=f.prompt, answer=f.target, aliases=f.aliases, kind="other_subject") for f in others]
+    retain = [to_keep(fact, "other_subject") for fact in others]
     retain += [probe for one in forget_edits(facts) for probe in one.edit.locality]
     gone = {fact.prompt for fact in facts}
     return facts, [probe for probe in retain if probe.prompt not in gone]
@@ -175,6 +212,10 @@ def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
         value, (low, high) = row[name], row[f"{name}_interval"]
         between = "" if low is None or high is None else f" ({low:.2f} – {high:.2f})"
         shown[column] = None if value is None else f"{value:.2f}{between}"
+    for column, name in _TOFU.items():
+        value, (low, high) = row[name], row[f"{name}_interval"]
+        between = "" if low is None or high is None else f" ({cell(low)} – {cell(high)})"
+        shown[column] = None if value is None else f"{cell(value)}{between}"
     return shown
 
 
