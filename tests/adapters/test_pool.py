@@ -66,7 +66,7 @@ def by_hand(model: EditableModel, adapter: PoolAdapter, prompt: str) -> Tensor:
         rotary = trunk.rotary_emb(text, position_ids=places)
         for layer, path in enumerate(model.anatomy.blocks):
             memory = pool.states[layer][pool.order[layer]]
-            row = torch.cat([adapter.beginning[layer].unsqueeze(0), memory]).unsqueeze(0)
+            row = torch.cat([adapter.network.beginning[layer].unsqueeze(0), memory]).unsqueeze(0)
             found = model.module(path)(torch.cat([row, text], dim=1), attention_mask=mask, position_embeddings=rotary)
             text = (found[0] if isinstance(found, tuple) else found)[:, count:]
         assert model.anatomy.final_norm is not None
@@ -396,6 +396,28 @@ def test_a_saved_pool_reads_and_goes_on_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(adapter.pool.states, loaded.pool.states)
     assert torch.equal(adapter.pool.order, loaded.pool.order)
     assert adapter.pool.texts == loaded.pool.texts
+
+
+def test_a_pool_can_be_set_back_while_it_is_attached() -> None:
+    model = tiny_model("llama")
+    adapter, plain = pool_of(model), pool_of(model)
+    adapter.attach(model)
+    before, restore = ends(model), adapter.snapshot()
+    tokens = torch.randn(model.layer_count, NEW, model.anatomy.hidden_size)
+    adapter.documents = 3
+    for number in range(3):
+        adapter.update(tokens - number, "between")
+    assert float((ends(model) - before).abs().max()) > 1e-3
+    for _ in range(2):
+        restore()
+        assert torch.equal(ends(model), before), "what was read of it in between is not kept"
+        assert (adapter.documents, adapter.memory_version) == (0, plain.memory_version)
+        adapter.update(tokens, "later")
+    plain.update(tokens, "later")
+    assert torch.equal(adapter.pool.states, plain.pool.states)
+    assert torch.equal(adapter.pool.order, plain.pool.order), "it draws as if nothing had come between"
+    assert adapter.pool.texts == plain.pool.texts
+    adapter.detach()
 
 
 def test_explaining_says_how_old_what_answers_is() -> None:

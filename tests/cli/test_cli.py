@@ -246,7 +246,7 @@ def test_explain_names_the_edit_and_its_score(model: str, edits: str, tmp_path: 
 def test_texts_are_injected_into_a_pool_that_is_gone_on_with(model: str, edits: str, tmp_path: Path) -> None:
     text, out = tmp_path / "notes.txt", tmp_path / "pool"
     text.write_text("Bob wrote Hamlet.\nAnn plays the flute in Rome.\n", encoding="utf-8")
-    settings = ["--set", "slots=8", "--set", "new=2", "--set", "chunk_tokens=6"]
+    settings = ["--set", "network=untrained", "--set", "slots=8", "--set", "new=2", "--set", "chunk_tokens=6"]
     arguments = ["inject", "--text", str(text), "--model", model, "--out", str(out)]
     made = run(*arguments, *settings)
     assert (made["texts"], made["slots"], made["new"]) == (2, 8, 2)

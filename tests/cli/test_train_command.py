@@ -72,10 +72,34 @@ def test_time_that_is_over_is_said(model: str, edits: str, tmp_path: Path) -> No
     assert run(*arguments)["finished"]
 
 
+def test_a_retriever_is_trained_on_top_of_a_network_and_then_found(model: str, edits: str, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text(
+        "\n\n".join(f"{name} was born in {city}, in a house." for name in NAMES for city in ("Rome", "York"))
+    )
+    first, second, out = (str(tmp_path / name) for name in ("first", "second", "adapter"))
+    settings = ("batch_size=4", "warm=1", "others=0", "steps=2", "validation=4", "validate_every=1", "half=false")
+    quick = ["--texts", str(texts), *(f"--set={pair}" for pair in settings)]
+    run("train", "memoryllm", "--model", model, "--out", first, "--set=slots=4", "--set=new=2", "--set=rank=2", *quick)
+    arguments = ["train", "memoryllm", "--model", model, "--out", second, f"--set=retriever_of={first}", *quick]
+    record = run(*arguments)
+    assert {"loss", "recall", "chance"} <= record["validation"].keys()
+    assert (record["slots"], record["new"], record["retrieved"], record["finished"]) == (4, 2, 1, True)
+    own = ["--set", f"network={second}", "--set", "long_term=20"]
+    run("edit", "--model", model, "--edits", edits, "--method", "memoryllm", *own, "--out", out)
+    (found,) = run("explain", "--adapter", out, "The flute of Ann")["explanations"]
+    assert 0 < found["retrieved"] < found["memory"]
+    said = CliRunner().invoke(app, ["explain", "--adapter", out, "The flute of Ann"]).stdout
+    assert "comes from the long-term store, written" in said
+    refused = run("edit", "--model", model, "--edits", edits, "--method", "memoryllm", "--set", f"network={first}",
+                  "--set", "long_term=20", "--out", str(tmp_path / "no"), fails=True)  # fmt: skip
+    assert f"--set retriever_of={first}" in refused["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ft"], "ft needs no training; methods that do: mend"),
+        (["ft"], "ft needs no training; methods that do: memoryllm, mend"),
         (["mendd"], "Did you mean 'mend'"),
         (["mend", "--limit", "5"], "--limit belongs to --edits"),
         (["mend", "--set", "ranks=3"], "Did you mean 'rank'"),

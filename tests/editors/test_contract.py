@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "serac": {"encoder": "words", "threshold": 0.9},
     "melo": {"layer": 1, "radius": 0.3, "learning_rate": 0.1, "steps": 80},
     "memoir": {"layer": 1, "steps": 50, "learning_rate": 5.0, "contexts": 2},
+    "memoryllm": {"network": "untrained"},
     "mend": {"network": "untrained", "step": 0.03},
     "wise": {
         "layer": 1,

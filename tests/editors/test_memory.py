@@ -45,6 +45,7 @@ def test_the_residual_matrix_and_what_fine_tuning_holds_are_counted() -> None:
 def test_every_method_says_what_it_needs_and_more_for_more_edits(name: str) -> None:
     model = tiny_model("llama")
     settings: dict[str, Any] = {
+        "memoryllm": {"network": "untrained"},
         "mend": {"network": "untrained"},
         "serac": {"encoder": "words", "threshold": 0.5},
     }.get(name, {})

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from errata.adapters import AutoAdapter, PoolAdapter
 from errata.edit import Edit
-from errata.editors.memoryllm import Compression, Injected, MemoryLLM, MemoryLLMConfig
+from errata.editors.compression import Compression, Injected
+from errata.editors.memoryllm import MemoryLLM, MemoryLLMConfig
 from errata.errors import BaseMismatchError, ConfigError, EditError
 from errata.model import EditableModel
 from errata.testing import tiny_model
 from errata.testing.conformance import EDITS, UNRELATED
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
-SMALL: dict[str, Any] = {"slots": 20, "new": 4}
+SMALL: dict[str, Any] = {"network": "untrained", "slots": 20, "new": 4}
 LONG = "Bob wrote Hamlet, and Alice plays the flute in Paris."
 
 
@@ -60,7 +61,7 @@ def compressed_by_hand(model: EditableModel, adapter: PoolAdapter, ids: list[int
         rotary = trunk.rotary_emb(text, position_ids=places)
         for layer, path in enumerate(model.anatomy.blocks):
             newest = pool.states[layer, pool.order[layer, pool.slots - held :]]
-            row = torch.cat([adapter.beginning[layer].view(1, 1, -1), newest.unsqueeze(0), text], dim=1)
+            row = torch.cat([adapter.network.beginning[layer].view(1, 1, -1), newest.unsqueeze(0), text], dim=1)
             found = model.module(path)(row, attention_mask=mask, position_embeddings=rotary)
             found = found[0] if isinstance(found, tuple) else found
             made.append(found[0, 1:][-pool.new :])
@@ -104,7 +105,7 @@ def test_pools_that_are_updated_together_are_as_if_each_were_alone(family: str) 
     for one, other in zip(together, alone, strict=True):
         assert same_pools(one, other, 1e-4)
     odd = PoolAdapter.for_model(model, "", {}, slots=12, new=3, seed=0)
-    with pytest.raises(ConfigError, match="same number of new slots"):
+    with pytest.raises(ConfigError, match="same network and number of new slots"):
         compression([together[0], odd], [ids["a"], ids["b"]])
     with pytest.raises(ConfigError, match="one text at a time"):
         compression.inject([odd, odd], list(ids.items())[:2], 8)
@@ -216,7 +217,7 @@ def test_a_revert_says_that_it_is_not_exact_until_the_pool_is_empty_again() -> N
 
 
 def test_a_revert_of_what_is_gone_or_of_all_there_is_says_so() -> None:
-    editor = MemoryLLM(tiny_model("llama"), slots=4, new=4)  # every update takes all slots
+    editor = MemoryLLM(tiny_model("llama"), network="untrained", slots=4, new=4)  # every update takes all slots
     editor.edit(EDITS)
     assert "had all been dropped" in editor.adapter.revert(EDITS[0].id).reason
     result = editor.adapter.revert(EDITS[2].id)
@@ -299,14 +300,16 @@ def test_in_half_precision_the_pool_is_half_as_large_and_finite(family: str) -> 
 
 def test_settings_keep_the_papers_proportions_and_fit_the_window() -> None:
     model = tiny_model("llama")  # width 32, 256 positions
-    assert MemoryLLMConfig.for_model(model) == MemoryLLMConfig(slots=60, new=2, source="derived from the model's shape")
-    assert MemoryLLM(model).chunk_tokens == 253
-    for wrong in (0, 61):
-        with pytest.raises(ConfigError, match=f"new={wrong} must be from 1 to slots=60"):
-            MemoryLLM(model, new=wrong, slots=60)
-    with pytest.raises(ConfigError, match="chunk_tokens=0 must be at least 1"):
-        MemoryLLM(model, chunk_tokens=0)
+    pool = MemoryLLM(model, network="untrained").adapter.pool
+    assert (pool.slots, pool.new) == (60, 2)
+    assert MemoryLLM(model, network="untrained").chunk_tokens == 253
+    assert MemoryLLMConfig.for_model(model).source == "as the network was trained"
+    with pytest.raises(ConfigError, match="new=61 must be from 1 to slots=60"):
+        MemoryLLM(model, new=61, slots=60)
+    for name in ("new", "slots", "chunk_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}=0 must be at least 1"):
+            MemoryLLM(model, **{name: 0})
     with pytest.raises(ConfigError, match=r"knows 256 positions, which are too few for new=4 .*chunk_tokens=252"):
         MemoryLLM(model, **SMALL, chunk_tokens=252).edit(EDITS)
     with pytest.raises(ConfigError, match=r"memoryllm cannot edit tiny-gpt2-0: .*rotary"):
-        MemoryLLM(tiny_model("gpt2"))
+        MemoryLLM(tiny_model("gpt2"), network="untrained")

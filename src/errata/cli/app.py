@@ -276,6 +276,14 @@ def unlearn(
     settings: Setting = None,
     text: Text = None,
     measure: Annotated[bool, typer.Option(help="Ask before and after, and attack what shall be forgotten.")] = True,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A model that never learned the facts, for TOFU's forget quality; where atlas's own facts are "
+            "forgotten, subjects that do not exist stand in.",
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 48,
     force: Force = False,
     strict: Strict = False,
@@ -288,7 +296,7 @@ def unlearn(
 
     run(
         model, method, edits, subjects, retain, limit, merge, improve, refusal, refusals, batch_size, seed, out,
-        settings or [], text, measure, max_new_tokens, force, strict, device, dtype, as_json,
+        settings or [], text, measure, reference, max_new_tokens, force, strict, device, dtype, as_json,
     )  # fmt: skip
 
 
@@ -549,7 +557,7 @@ def methods(as_json: AsJson = False) -> None:
 @guarded()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="The benchmark: batch, methods, overhead, routing, scoring, tail or weights.")
+        str, typer.Argument(help="The benchmark: batch, memory, methods, overhead, routing, scoring, tail or weights.")
     ],
     figure: Annotated[Path | None, typer.Option(help="Where its figure goes, .png or .svg, if it has one.")] = None,
     as_json: AsJson = False,
@@ -619,6 +627,10 @@ def train_method(
         Path | None,
         typer.Option(help="File of edits with rephrases and locality prompts; edits of atlas's world if not given."),
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="For memoryllm: a text file of ten paragraphs or more; atlas's invented texts if not given."),
+    ] = None,
     limit: Limit = None,
     out: Annotated[
         Path | None,
@@ -637,7 +649,7 @@ def train_method(
     """Train what a method needs once per base model: resumable after a kill, with a learning curve."""
     from errata.cli.training import train as run
 
-    run(method, model, edits, limit, out, minutes, seed, settings or [], strict, device, dtype, as_json)
+    run(method, model, edits, texts, limit, out, minutes, seed, settings or [], strict, device, dtype, as_json)
 
 
 @app.command()

@@ -418,5 +418,10 @@ def explain(
         for row in rows:
             if row.get("mean_age") is not None:
                 print(f"{row['prompt']}: what is read was written {row['mean_age']:.1f} updates ago, on average")
+            if row.get("retrieved_mean_age") is not None:
+                print(
+                    f"{row['prompt']}: {row['retrieved'] / row['memory']:.0%} of it comes from the long-term store, "
+                    f"written {row['retrieved_mean_age']:.1f} updates ago"
+                )
 
     emit(record, as_json, words)

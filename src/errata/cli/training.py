@@ -17,6 +17,7 @@ def train(
     method: str,
     model_name: str,
     edits_path: Path | None,
+    texts_path: Path | None,
     limit: int | None,
     out: Path | None,
     minutes: float | None,
@@ -30,8 +31,9 @@ def train(
     given = parse_settings(settings)
     if seed is not None:
         given["seed"] = seed
+    from errata.datasets.builtin import corpus_texts
     from errata.editors import editor_class, editor_names
-    from errata.editors.training import TrainedEditor, TrainingData, built_in_training_data
+    from errata.editors.training import Material, TrainedEditor
 
     cls = editor_class(method)
     if not issubclass(cls, TrainedEditor):
@@ -40,13 +42,22 @@ def train(
     folder = out or Path(f"errata-{method}")
     check_out(folder)
     if edits_path is None and limit is not None:
-        raise ConfigError("--limit belongs to --edits; the built-in edits are taken whole")
+        raise ConfigError("--limit belongs to --edits; what is built in is taken whole")
+    if edits_path is not None and texts_path is not None:
+        raise ConfigError("give --edits or --texts, whichever the method is trained on, not both")
     edits = None if edits_path is None else load_edits(edits_path, limit, strict).edits
+    texts = None if texts_path is None else corpus_texts(texts_path)
     model = load_model(model_name, device, dtype)
     config = cls.Training.for_model(model, **given)
-    data = built_in_training_data(config) if edits is None else TrainingData.of(edits, str(edits_path), config)
-    log(f"{model.model_id}: training {method} on {len(data.training):,} edits of {data.source}")
-    log(f"settings: {config.source}; at most {config.steps:,} steps of {config.batch_size} edits")
+    data: Material
+    if texts is not None:
+        data = cls.data_of_texts(texts, str(texts_path), config)
+    elif edits is not None:
+        data = cls.data_of_edits(edits, str(edits_path), config)
+    else:
+        data = cls.built_in_data(config)
+    log(f"{model.model_id}: training {method} on {data.size:,} examples: {data.source}")
+    log(f"settings: {config.source}; at most {config.steps:,} steps of {config.batch_size} examples")
     with progress_bar() as progress:
         record: dict[str, Any] = cls.train(
             model, data, folder, config, minutes=minutes, command=this_command(), progress=progress
@@ -55,7 +66,7 @@ def train(
     def words() -> None:
         best = record["validation"]
         print(f"{record['steps']:,} steps in {record['training_seconds'] / 60:.1f} minutes")
-        print(f"on {record['data']['validation']} edits about other subjects:")
+        print(f"on {record['data']['validation']} others:")
         for name, value in record["validation_before"].items():
             print(f"  {name} {value:.4f} before, now {best[name]:.4f}")
         if not record["finished"]:

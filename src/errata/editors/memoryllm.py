@@ -8,209 +8,102 @@ One forward pass, no gradient. What is rewritten, and how it is read: `adapters.
 the newest slots ask too, so that there are always K outputs. The first text of all finds no slots, and fills the pool
 with what it is compressed into, repeated. Long texts are cut into chunks, of which each is an update.
 
-An edit is injected as the statement that prompt and target make. The training routines of the paper are not built yet:
-a model that was not trained to read such slots is changed by them, but does not come to know what they hold.
+An edit is injected as the statement that prompt and target make. How a model is trained: `editors.pool_training`.
+
+With `long_term` what is dropped is stored, and each sequence reads what its prompt retrieves (M+, 2502.00592): see
+`adapters.long_term`, and `editors.retriever_training` for what has to be trained for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from errata.adapters import PoolAdapter, RevertResult
-from errata.adapters.pool import window_of
+from errata.adapters.pool import default_spacing, window_of
+from errata.adapters.pool_network import PoolNetwork
 from errata.edit import Edit
-from errata.editors.base import Editor, EditorConfig, Written
-from errata.editors.layers import shape_key
+from errata.editors.base import EditorConfig, Written
+from errata.editors.compression import Compression, Injected
 from errata.editors.memory import MemoryPart, reading
+from errata.editors.pool_training import InventedTexts, PoolLearning, PoolTraining, TextData
+from errata.editors.retriever_training import MemoryTraining, RetrieverLearning
+from errata.editors.training import TrainedEditor, Trainee, find_trained, load_trained
 from errata.errors import ConfigError, EditError
 from errata.model import EditableModel
-from errata.model.prefixed_attention import Prefix, PrefixedAttention, unprefixable
-from errata.model.probes import probing
+from errata.model.prefixed_attention import unprefixable
 from errata.progress import NO_PROGRESS, Progress
 
-__all__ = ["Compression", "Injected", "MemoryLLM", "MemoryLLMConfig"]
+__all__ = ["MemoryLLM", "MemoryLLMConfig"]
 
+_UNTRAINED = "untrained"
 _CHUNK = 512  # tokens of a text that the paper reads together
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLLMConfig(EditorConfig):
-    """Settings of MemoryLLM; the defaults are those of the paper's 7B model.
+    """Settings of MemoryLLM.
 
     Attributes:
-        slots: N, memory tokens per layer; new: K, how many of them an update drops and appends.
+        network: folder of a network that `errata train memoryllm` wrote; None for the one that comes with errata for
+            this model; "untrained" for the model as it is, which slots change without its knowing what they hold.
+        slots: N, memory tokens per layer; new: K, how many of them an update drops and appends. None: those that the
+            network was trained with (untrained: K a sixteenth of the model's width, N = 30 K).
         chunk_tokens: longest piece of a text that is read in one update. None: 512, or what the model's positions leave
             behind K slots.
-        spacing: between the positions of neighbouring slots, in tokens. None: 1, or less where the slots would reach
-            further than half of the positions that the model knows.
+        spacing: between the positions of neighbouring slots, in tokens. None: as the network was trained with that many
+            slots; else 1, or less where the slots would reach further than half of the positions that the model knows.
+        long_term: M, slots of each layer that are kept after they were dropped, in the computer's own memory (M+). It
+            needs a network with a retriever. 0 for none: MemoryLLM.
+        retrieved: R, how many of them each sequence reads, per layer. None: as the retriever was trained.
     """
 
     adjustable: ClassVar[frozenset[str]] = EditorConfig.adjustable | {"chunk_tokens"}
 
-    slots: int = 7680
-    new: int = 256
+    network: str | None = None
+    slots: int | None = None
+    new: int | None = None
     chunk_tokens: int | None = None
     spacing: float | None = None
+    long_term: int = 0
+    retrieved: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.new <= self.slots:
+        for name in ("slots", "new", "chunk_tokens", "retrieved"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.new is not None and self.slots is not None and self.new > self.slots:
             raise ConfigError(f"new={self.new} must be from 1 to slots={self.slots}: an update takes that many")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens={self.chunk_tokens} must be at least 1")
+        if self.long_term < 0:
+            raise ConfigError(f"long_term={self.long_term} must be at least 0, which is no store")
+        if self.retrieved is not None and not self.long_term:
+            raise ConfigError(f"retrieved={self.retrieved} needs a store to retrieve from; give long_term=M too")
 
-    @classmethod
-    def published(cls, model: EditableModel) -> dict[str, Any] | None:
-        if shape_key(model) != ("llama", 32, 4096):
-            return None
-        return {"slots": 7680, "new": 256, "source": "MemoryLLM-7B (2402.04624)"}
+    def to_record(self) -> dict[str, Any]:
+        """Without a store nothing is said of it: adapters and rows of studies that know none stay what they are."""
+        record = super().to_record()
+        return record if self.long_term else {n: v for n, v in record.items() if n not in ("long_term", "retrieved")}
 
     @classmethod
     def derived(cls, model: EditableModel) -> dict[str, Any]:
-        """The paper's proportions: K of the width as 256 of 4,096, N = 30 K."""
-        new = max(1, model.anatomy.hidden_size // 16)
-        return {"slots": 30 * new, "new": new}
+        return {"source": "as the network was trained"}
 
 
-@dataclass(frozen=True)
-class Injected:
-    """A text that was put into a pool: its name there, its length in tokens, and how many updates it took."""
-
-    name: str
-    tokens: int
-    updates: int
-
-
-class Compression:
-    """What a model makes of texts as it reads them on top of the newest slots of pools.
-
-    Args:
-        model: one that is not `unprefixable`.
-    """
-
-    def __init__(self, model: EditableModel) -> None:
-        self.model = model
-        self._attentions = [PrefixedAttention(model, layer) for layer in range(model.layer_count)]
-
-    @torch.no_grad()
-    def __call__(self, adapters: Sequence[PoolAdapter], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The new memory tokens of each pool, [L, K, d]; of an empty one fewer, where its text is shorter than K.
-
-        All are read in one batch by the bare model, whatever is attached.
-
-        Args:
-            adapters: pools of this model with one K; chunks: a text for each, as token ids without a beginning token.
-
-        Raises:
-            ConfigError: the pools differ in K.
-        """
-        (new, *others) = {adapter.pool.new for adapter in adapters}
-        if others:
-            raise ConfigError("pools that are updated together must all have the same number of new slots per update")
-        model, rows, device = self.model, len(chunks), self.model.device
-        lengths = torch.tensor([len(chunk) for chunk in chunks])
-        filled = torch.tensor([not adapter.pool.is_empty for adapter in adapters])
-        asking = torch.where(filled, (new - lengths).clamp(min=0), 0)  # slots, the newest ones, that ask too
-        columns = int((lengths + asking).max())
-        places = torch.arange(columns) - (columns - lengths).unsqueeze(1)  # [rows, columns]; the text begins at 0
-        ids = torch.full((rows, columns), int(model.tokenizer.pad_token_id))
-        for row, chunk in enumerate(chunks):
-            ids[row, columns - len(chunk) :] = torch.tensor(chunk)
-        slots = torch.stack([adapter.pool.newest().to(device) for adapter in adapters], dim=1)  # [L, rows, K, d]
-        beginning = torch.stack([adapter.beginning for adapter in adapters], dim=1).to(slots).unsqueeze(2)
-        # The other slots are only asked. They stand where they stand in the row, whoever asks.
-        before = torch.arange(-new - 1, 0).expand(rows, -1)
-        visible = (before < -asking.unsqueeze(1)) & (filled.unsqueeze(1) | (before == -new - 1))
-        prefixes = [
-            Prefix(*attention.keys_and_values(torch.cat(parts, dim=1), before), visible.to(device))
-            for attention, *parts in zip(self._attentions, beginning, slots, strict=True)
-        ]
-        asks = (places < 0) & (places >= -asking.unsqueeze(1))
-        taken = (places + new).clamp(0, new - 1).unsqueeze(2).expand(-1, -1, slots.shape[-1]).to(device)
-        outputs: list[Tensor] = []
-
-        def entering(layer: int) -> Callable[..., Any]:
-            def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                states = args[0] if args else kwargs["hidden_states"]
-                own = slots[layer].gather(1, taken).to(states)
-                states = torch.where(asks.to(states.device).unsqueeze(2), own, states)
-                return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-            return probe
-
-        def reading_of(layer: int) -> Callable[..., Any]:
-            def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                states = args[0] if args else kwargs["hidden_states"]
-                return args, self._attentions[layer].behind(prefixes[layer], states, kwargs)
-
-            return probe
-
-        def leaving(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            outputs.append((output[0] if isinstance(output, tuple) else output)[:, -new:].to(device))
-
-        blocks = model.anatomy.blocks
-        probes = {attention.path: reading_of(layer) for layer, attention in enumerate(self._attentions)}
-        if bool(asking.any()):
-            probes |= {block: entering(layer) for layer, block in enumerate(blocks)}
-        with model.bare(), probing(model.model, before=probes, after=dict.fromkeys(blocks, leaving)):
-            model.module(model.anatomy.trunk)(
-                input_ids=ids.to(device),
-                attention_mask=(places >= -asking.unsqueeze(1)).long().to(device),
-                position_ids=places.to(device),
-                use_cache=False,
-            )
-        made = torch.stack(outputs)  # [L, rows, at most K, d]
-        counts = (lengths + asking).tolist()
-        return [made[:, row, -count:] for row, count in enumerate(counts)]
-
-    def inject(
-        self,
-        adapters: Sequence[PoolAdapter],
-        texts: Sequence[tuple[str, Sequence[int]]],
-        chunk_tokens: int,
-    ) -> list[Injected]:
-        """Update pools that have nothing to do with each other, side by side, each with a text of its own.
-
-        Args:
-            adapters: another one for each text, attached or not.
-            texts: names, and token ids without a beginning token; cut into chunks of `chunk_tokens`.
-
-        Raises:
-            ConfigError: an adapter is given twice, or the pools differ in K.
-            BaseMismatchError: an adapter belongs to another model.
-            NumericsError: new memory tokens are not finite; that chunk is not in its pool, nor is any after it.
-        """
-        if len({id(adapter) for adapter in adapters}) < len(adapters):
-            raise ConfigError("a pool can take one text at a time; give its texts one after the other")
-        for adapter in adapters:
-            adapter.check_base(self.model)
-        named = [
-            (adapter, name, [ids[at : at + chunk_tokens] for at in range(0, len(ids), chunk_tokens)])
-            for adapter, (name, ids) in zip(adapters, texts, strict=True)
-        ]
-        for number in range(max(len(chunks) for _, _, chunks in named)):
-            going = [(adapter, name, chunks[number]) for adapter, name, chunks in named if number < len(chunks)]
-            made = self([adapter for adapter, _, _ in going], [chunk for _, _, chunk in going])
-            for (adapter, name, _), tokens in zip(going, made, strict=True):
-                adapter.update(tokens, name)
-        return [Injected(name, sum(map(len, chunks)), len(chunks)) for _, name, chunks in named]
-
-
-class MemoryLLM(Editor[MemoryLLMConfig]):
+class MemoryLLM(TrainedEditor[MemoryLLMConfig]):
     """Reads each edit as a statement, and rewrites a part of a pool of memory tokens with what it read."""
 
     name = "memoryllm"
     summary = (
-        "a pool of memory tokens per layer, which the model rewrites as it reads a text; no gradient, but edits take "
-        "only on a model that was trained to read it (not built yet)"
+        "a pool of memory tokens per layer, which the model rewrites as it reads a text; trained once per model, then "
+        "no gradient"
     )
     paper = "MemoryLLM, ICML 2024 (2402.04624)"
     Config = MemoryLLMConfig
+    Training = MemoryTraining
     adapter: PoolAdapter
 
     @classmethod
@@ -220,38 +113,89 @@ class MemoryLLM(Editor[MemoryLLMConfig]):
     @property
     def chunk_tokens(self) -> int:
         """Tokens that an update reads at most. Raises ConfigError where the model has no positions for them."""
-        window, config = window_of(self.model), self.config
-        left = _CHUNK if window is None else window - config.new - 1
+        window, config, new = window_of(self.model), self.config, self.adapter.pool.new
+        left = _CHUNK if window is None else window - new - 1
         chosen = min(_CHUNK, left) if config.chunk_tokens is None else config.chunk_tokens
         if chosen < 1 or (window is not None and chosen > left):
             raise ConfigError(
-                f"{self.model.model_id} knows {window} positions, which are too few for new={config.new} slots with "
+                f"{self.model.model_id} knows {window} positions, which are too few for new={new} slots with "
                 f"chunk_tokens={config.chunk_tokens} behind them; give smaller ones"
             )
         return chosen
 
-    def _new_adapter(self) -> PoolAdapter:
+    @cached_property
+    def _network(self) -> tuple[PoolNetwork, dict[str, Any]]:
+        """The network, and what it was trained with: slots, new and spacing."""
         config = self.config
+        if config.network == _UNTRAINED:
+            new = config.new or max(1, self.model.anatomy.hidden_size // 16)
+            slots = config.slots or 30 * new
+            record = {"slots": slots, "new": new, "spacing": default_spacing(self.model, slots)}
+            return PoolNetwork.untrained(self.model, new), record
+        tensors, record = find_trained(self.name, self.model, config.network)
+        return PoolNetwork.from_state(tensors).to(self.model.device), record
+
+    def _new_adapter(self) -> PoolAdapter:
+        config, (network, record) = self.config, self._network
+        slots = config.slots or record["slots"]
+        spacing = record["spacing"] if config.spacing is None and slots == record["slots"] else config.spacing
+        if config.long_term and network.retriever is None:
+            raise ConfigError(
+                f"long_term={config.long_term} needs a network with a retriever, and this one has none; train one: "
+                f"errata train {self.name} --model {self.model.model_id} --set retriever_of="
+                f"{config.network if config.network not in (None, _UNTRAINED) else 'NETWORK'} --out errata-retriever; "
+                "then give network=errata-retriever"
+            )
         return PoolAdapter.for_model(
             self.model,
             self.name,
             config.to_record(),
-            slots=config.slots,
-            new=config.new,
+            slots=slots,
+            new=config.new or record["new"],
             seed=config.seed,
-            spacing=config.spacing,
+            spacing=spacing,
+            network=network,
+            long_term=config.long_term,
+            retrieved=record.get("retrieved") if config.retrieved is None else config.retrieved,
         )
+
+    @classmethod
+    def built_in_data(cls, config: PoolTraining) -> InventedTexts:
+        return InventedTexts(config)
+
+    @classmethod
+    def data_of_edits(cls, edits: Sequence[Edit], source: str, config: PoolTraining) -> TextData:
+        raise ConfigError("memoryllm is trained on texts, not on edits; give a file of paragraphs with --texts")
+
+    @classmethod
+    def data_of_texts(cls, texts: Sequence[str], source: str, config: PoolTraining) -> TextData:
+        return TextData(texts, source, config)
+
+    @classmethod
+    def _trainee(cls, model: EditableModel, config: PoolTraining) -> Trainee:
+        if isinstance(config, MemoryTraining) and config.retriever_of is not None:
+            return RetrieverLearning(model, config)
+        return PoolLearning(model, config)
+
+    @classmethod
+    def _stands_on(cls, model: EditableModel, config: PoolTraining) -> Mapping[str, Any]:
+        if isinstance(config, MemoryTraining) and config.retriever_of is not None:
+            return {"network": load_trained(Path(config.retriever_of), cls.name, model)[1]["digest"]}
+        return {}
 
     def _prepare(self, progress: Progress) -> None:
         self._compression = Compression(self.model)
 
     def _memory_to_prepare(self) -> list[MemoryPart]:
-        numbers = self.model.layer_count * self.config.slots * self.model.anatomy.hidden_size
+        numbers = self.model.layer_count * self.adapter.pool.slots * self.model.anatomy.hidden_size
         remedy = "give fewer slots"
-        return [MemoryPart("keys and values of the slots, at most", 2 * numbers * self.model.dtype.itemsize, remedy)]
+        parts = [MemoryPart("keys and values of the slots, at most", 2 * numbers * self.model.dtype.itemsize, remedy)]
+        if (store := self.adapter.pool.store) is not None:
+            parts.append(MemoryPart("the long-term store", store.nbytes, "give a smaller long_term", on_host=True))
+        return parts
 
     def _memory_to_write(self, edits: Sequence[Edit]) -> list[MemoryPart]:
-        return [reading(self.model, self.chunk_tokens + self.config.new)]
+        return [reading(self.model, self.chunk_tokens + self.adapter.pool.new)]
 
     def _write(self, edits: Sequence[Edit], progress: Progress) -> Written:
         (edit,) = edits

@@ -17,7 +17,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -35,6 +35,7 @@ from errata.model import EditableModel
 from errata.progress import NO_PROGRESS, Progress
 
 __all__ = [
+    "Material",
     "TrainedEditor",
     "Trainee",
     "TrainingConfig",
@@ -116,6 +117,10 @@ class TrainingData:
             )
         return cls(training, validation[: config.validation], source)
 
+    @property
+    def size(self) -> int:
+        return len(self.training)
+
     def batch(self, step: int, config: TrainingConfig) -> list[Edit]:
         """What step `step` learns from: all edits in an order of the seed, then all in another one."""
         found = []
@@ -147,6 +152,28 @@ def built_in_training_data(config: TrainingConfig) -> TrainingData:
     return TrainingData.of(edits, "atlas's reserved subjects", config)
 
 
+class Material(Protocol):
+    """What an editor is trained on. `TrainingData` is the one of editors that learn from edits."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+
+    @property
+    def size(self) -> int:
+        """How many different examples there are."""
+
+    @property
+    def validation(self) -> Sized:
+        """Examples of which nothing is trained on, as `Trainee.examine` takes them."""
+
+    def batch(self, step: int, config: Any) -> Any:
+        """What step `step` learns from, as `Trainee.learn` takes it: the same for the same arguments."""
+
+    def digest(self) -> str:
+        """Names what is trained and validated on."""
+
+
 class Trainee(Protocol):
     """What is trained, and how."""
 
@@ -154,17 +181,17 @@ class Trainee(Protocol):
     def network(self) -> nn.Module:
         """What is trained: all of its parameters, and nothing else."""
 
-    def prepare(self, data: TrainingData, progress: Progress) -> None:
+    def prepare(self, data: Any, progress: Progress) -> None:
         """What is done once before the first step, with a lasting effect on nothing but the network."""
 
     def optimizer(self) -> torch.optim.Adam:
         """Of all parameters of the network."""
 
-    def learn(self, edits: Sequence[Edit], rng: random.Random) -> float:
+    def learn(self, batch: Any, rng: random.Random) -> float:
         """Add the gradient of the mean loss over a batch to the network's; returns that loss."""
 
-    def examine(self, edits: Sequence[Edit]) -> dict[str, float]:
-        """Scores on edits, "loss" among them: what is best has the lowest. Gives the same for the same network."""
+    def examine(self, validation: Any) -> dict[str, float]:
+        """Scores on examples, "loss" among them: what is best has the lowest. Gives the same for the same network."""
 
     def kept(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """What the editor needs of the network: tensors, and what else is to be known of them, as JSON."""
@@ -181,7 +208,7 @@ class _Run:
         self,
         out: Path,
         trainee: Trainee,
-        data: TrainingData,
+        data: Material,
         config: TrainingConfig,
         plan: Mapping[str, Any],
         command: str,
@@ -278,7 +305,7 @@ class _Run:
 def run_training(
     out: Path,
     trainee: Trainee,
-    data: TrainingData,
+    data: Material,
     config: TrainingConfig,
     plan: Mapping[str, Any],
     *,
@@ -329,11 +356,11 @@ def run_training(
         progress.advance(1, note=f"validation: {said}")
     run.finish()
     rows = list(run.folder.rows(run.step))
-    draw_curve(rows, f"training, {len(data.training):,} edits", out / "learning_curve.png")
+    draw_curve(rows, f"training on {data.source}", out / "learning_curve.png")
     return {
         **run.folder.origin,
         "plan": run.folder.plan,
-        "data": {"source": data.source, "training": len(data.training), "validation": len(data.validation)},
+        "data": {"source": data.source, "training": data.size, "validation": len(data.validation)},
         "steps": run.step,
         "training_seconds": round(run.spent),
         "finished": run.is_over(),
@@ -433,15 +460,35 @@ class TrainedEditor(Editor[C], Generic[C]):
     Training: ClassVar[type[TrainingConfig]]
 
     @classmethod
+    def built_in_data(cls, config: Any) -> Material:
+        """What it is trained on where nothing is given."""
+        return built_in_training_data(config)
+
+    @classmethod
+    def data_of_edits(cls, edits: Sequence[Edit], source: str, config: Any) -> Material:
+        """Edits to train on. Raises ConfigError where there are too few, or the method learns from texts."""
+        return TrainingData.of(edits, source, config)
+
+    @classmethod
+    def data_of_texts(cls, texts: Sequence[str], source: str, config: Any) -> Material:
+        """Plain texts to train on. Raises ConfigError where the method learns from edits."""
+        raise ConfigError(f"{cls.name} is trained on edits, not on texts; give them with --edits")
+
+    @classmethod
     @abc.abstractmethod
     def _trainee(cls, model: EditableModel, config: Any) -> Trainee:
         """What is trained for a model; the configuration is of the type `Training`."""
 
     @classmethod
+    def _stands_on(cls, model: EditableModel, config: Any) -> Mapping[str, Any]:
+        """What a training depends on beside settings, data and base model, as JSON."""
+        return {}
+
+    @classmethod
     def train(
         cls,
         model: EditableModel,
-        data: TrainingData,
+        data: Material,
         out: Path,
         config: TrainingConfig,
         *,
@@ -464,7 +511,7 @@ class TrainedEditor(Editor[C], Generic[C]):
         """
         if (reason := cls.unsuitable(model)) is not None:
             raise ConfigError(f"{cls.name} cannot edit {model.model_id}: {reason}")
-        plan = {"method": cls.name, "base": model.fingerprint}
+        plan = {"method": cls.name, "base": model.fingerprint, **cls._stands_on(model, config)}
         with model.bare():
             trainee = cls._trainee(model, config)
             run = run_training(out, trainee, data, config, plan, minutes=minutes, command=command, progress=progress)

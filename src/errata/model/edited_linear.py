@@ -7,6 +7,7 @@ is never written to, which is what makes detaching bit-exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +52,11 @@ class Contribution:
     def changes_weight(self) -> bool:
         return type(self).weight_change is not Contribution.weight_change
 
+    @property
+    def shared(self) -> object:
+        """Whose change of weight it is. Where several adapters have the same one, it is merged once, and added once."""
+        return self
+
 
 class EditedLinear(nn.Module):
     """A linear layer together with the contributions attached to it, in the order of attachment.
@@ -72,8 +78,8 @@ class EditedLinear(nn.Module):
         if (weight := weight_of(base)).dim() == 2:  # a contribution that changes no weight may stand beside a norm
             self.out_features, self.in_features = weight.shape  # as other libraries ask for them
         self.contributions: list[Contribution] = []
-        # For sets of contributions: their versions, and the base weight with their changes.
-        self._merged: dict[tuple[Contribution, ...], tuple[tuple[int, ...], Tensor]] = {}
+        # For sets of changes, by whose they are: their versions, and the base weight with them.
+        self._merged: dict[tuple[object, ...], tuple[tuple[int, ...], Tensor]] = {}
         self.train(base.training)
 
     @property
@@ -83,13 +89,14 @@ class EditedLinear(nn.Module):
     def remove(self, contribution: Contribution) -> None:
         """Take a contribution out, and what was merged with it."""
         self.contributions = [c for c in self.contributions if c is not contribution]
-        self._merged = {own: kept for own, kept in self._merged.items() if contribution not in own}
+        left = {c.shared for c in self.contributions}
+        self._merged = {own: kept for own, kept in self._merged.items() if left.issuperset(own)}
 
     def _changed_weight(self, changing: tuple[Contribution, ...]) -> Tensor | None:
         """The base weight plus changes of weight, summed in float32 and kept until one of them moves."""
         versions = tuple(c.version for c in changing)
-        base = weight_of(self.base)
-        merged = self._merged.get(changing)
+        base, own = weight_of(self.base), tuple(c.shared for c in changing)
+        merged = self._merged.get(own)
         if merged is None or merged[0] != versions or (merged[1].device, merged[1].dtype) != (base.device, base.dtype):
             changes = [change for c in changing if (change := c.weight_change()) is not None]
             if not changes:
@@ -98,11 +105,16 @@ class EditedLinear(nn.Module):
             for change in changes:
                 total = total + change.to(device=base.device)
             merged = (versions, total.to(base.dtype))
-            self._merged.pop(changing, None)
+            self._merged.pop(own, None)
             if len(self._merged) >= _KEPT_WEIGHTS:
                 del self._merged[next(iter(self._merged))]
-            self._merged[changing] = merged
+            self._merged[own] = merged
         return merged[1]
+
+    @staticmethod
+    def _changing(contributions: Iterable[Contribution]) -> tuple[Contribution, ...]:
+        """Those that change the weight, each change once."""
+        return tuple({c.shared: c for c in contributions if c.changes_weight}.values())
 
     def _linear(self, inputs: Tensor, changing: tuple[Contribution, ...]) -> Tensor:
         weight = self._changed_weight(changing) if changing else None
@@ -111,27 +123,33 @@ class EditedLinear(nn.Module):
 
     def _linear_by_rows(self, inputs: Tensor, adapters: RowAdapters) -> Tensor:
         """The same with the changes of weight that each row has."""
-        owners, changing = self._tracker.owners, [c for c in self.contributions if c.changes_weight]
-        per_set = [tuple(c for c in changing if owners.get(c) in names) for names in adapters.sets]
-        groups: dict[tuple[Contribution, ...], list[int]] = {}
+        owners = self._tracker.owners
+        per_set = [self._changing(c for c in self.contributions if owners.get(c) in names) for names in adapters.sets]
+        of_changes = [tuple(c.shared for c in own) for own in per_set]
+        sets = dict(zip(of_changes, per_set, strict=True))
+        groups: dict[tuple[object, ...], list[int]] = {}
         for row, number in enumerate(adapters.rows.tolist()):
-            groups.setdefault(per_set[number], []).append(row)
+            groups.setdefault(of_changes[number], []).append(row)
         if len(groups) == 1:
-            return self._linear(inputs, next(iter(groups)))
+            return self._linear(inputs, sets[next(iter(groups))])
         order = torch.tensor([row for rows in groups.values() for row in rows], device=inputs.device)
         parts = torch.split(by_rows(inputs, len(order))[order], [len(rows) for rows in groups.values()])
-        outputs = torch.cat([self._linear(part, own) for part, own in zip(parts, groups, strict=True)])
+        outputs = torch.cat([self._linear(part, sets[own]) for part, own in zip(parts, groups, strict=True)])
         return outputs[order.argsort()].reshape(*inputs.shape[:-1], -1)
+
+    def _kept(self, kept: object) -> tuple[Contribution, ...]:
+        """The change of weight that acts while all others are suspended."""
+        return next(((c,) for c in self.contributions if c.shared is kept), ())
 
     def forward(self, inputs: Tensor) -> Tensor:
         tracker = self._tracker
         if tracker.is_suspended:
-            bare: Tensor = self.base(inputs)
-            return bare
+            kept = tracker.kept
+            return self._linear(inputs, () if kept is None else self._kept(kept))
         current = tracker.current
         adapters = None if current is None else current.store.adapters
         if adapters is None:
-            outputs = self._linear(inputs, tuple(c for c in self.contributions if c.changes_weight))
+            outputs = self._linear(inputs, self._changing(self.contributions))
         else:
             outputs = self._linear_by_rows(inputs, adapters)
         for contribution in self.contributions:

@@ -7,8 +7,10 @@ tokens of the sequence ask; the states in front are asked, and are not carried o
 * They are not put on the KV cache: the attention is given a cache that hands them out in front of what it holds. Text
   keeps the positions it has, counted from zero, and what stands in front has negative ones. Rotary embeddings see
   distances only, so this is the same as counting through, and keys that are cached stay right.
-* What a sequence reads is settled when it begins, and stored with its KV cache like a route (`sequences`).
-* Keys and values are made by the base weights, whatever else is attached.
+* What a sequence reads is settled when it begins, and stored with its KV cache like a route (`sequences`). It may be
+  the same for all sequences (`PrefixContribution.prefix`), or chosen for each of them by its prompt (`own_prefix`).
+* Keys and values are made by the base weights, and changes that belong to what stands there; nothing else that is
+  attached has a part in them.
 
 Knows blocks, masks and caches. Knows nothing of where the states come from.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from errata.model.editable import EditableModel
     from errata.model.sequences import ForwardPass
 
-__all__ = ["Prefix", "PrefixContribution", "PrefixedAttention", "attention_path", "unprefixable"]
+__all__ = ["Prefix", "PrefixContribution", "PrefixedAttention", "RowPrefix", "attention_path", "unprefixable"]
 
 _ATTRIBUTE = "_errata_prefix"
 _ROTARY = "rotary_emb"  # what families call the rotary embedding of a trunk
@@ -52,6 +55,10 @@ class Prefix:
         if visible is None:
             visible = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         self.visible = visible
+
+    def of(self, rows: Tensor) -> Prefix:
+        """Row i of it is what row rows[i] was; what all rows share stays shared."""
+        return Prefix(*(one if len(one) == 1 else one[rows] for one in (self.keys, self.values, self.visible)))
 
     @classmethod
     def of_rows(cls, own: Sequence[tuple[Prefix, ...]]) -> Prefix | None:
@@ -84,6 +91,27 @@ class Prefix:
         return cls(keys, values, visible)
 
 
+@dataclass(frozen=True)
+class RowPrefix:
+    """What each sequence has in front of it for itself, beside what all of them share.
+
+    A dataclass, unlike `Prefix`: where the rows of a cache move, their numbers do, and the keys and values stay put.
+
+    Attributes:
+        prefix: a row for each sequence that had something when the sequences began.
+        rows: [rows], the number of its row there that each sequence has now, -1 where it has none.
+    """
+
+    prefix: Prefix
+    rows: Tensor
+
+    def each(self) -> list[tuple[Prefix, ...]]:
+        """For each sequence its own prefix, of one row; nothing where it has none."""
+        keys, values, visible = self.prefix.keys, self.prefix.values, self.prefix.visible
+        places = [slice(row, row + 1) for row in self.rows.tolist()]
+        return [(Prefix(keys[one], values[one], visible[one]),) if one.start >= 0 else () for one in places]
+
+
 class PrefixContribution(Contribution, abc.ABC):
     """What one adapter puts in front of one block's attention."""
 
@@ -91,13 +119,25 @@ class PrefixContribution(Contribution, abc.ABC):
     def prefix(self, attention: PrefixedAttention) -> Prefix | None:
         """Keys and values for sequences that begin now, one row for all of them; None while there are none."""
 
+    def own_prefix(self, attention: PrefixedAttention, states: Tensor, prompt: Tensor) -> RowPrefix | None:
+        """What each sequence that begins now has for itself, in front of `prefix`; None where none has anything.
+
+        Asked once, in the pass in which the sequences begin.
+
+        Args:
+            states: [rows, columns, hidden], what the attention reads in this pass.
+            prompt: [rows, columns] bool, the tokens that belong to a prompt; of rows that this adapter does not act on
+                there are none.
+        """
+        return None
+
 
 class _Recorded(Exception):
-    """Carries keys and values out of a block, which need not be run any further."""
+    """Carries tensors out of a block, which need not be run any further."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, *found: Tensor) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
+        self.found = found
 
 
 class _RecordingCache:
@@ -105,6 +145,11 @@ class _RecordingCache:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise _Recorded(keys, values)
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stops a block at what its attention reads."""
+    raise _Recorded(args[0] if args else kwargs["hidden_states"])
 
 
 class _CacheBehind:
@@ -219,54 +264,86 @@ class PrefixedAttention:
             self._handle.remove()
             delattr(self.attention, _ATTRIBUTE)
 
-    def keys_and_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(
+        self, states: Tensor, positions: Tensor, keeping: object | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the block's attention would put on its KV cache for hidden states that enter the block.
 
         Args:
             states: [rows, places, hidden].
             positions: [rows, places], in tokens; the text's first one stands at 0.
+            keeping: whose changes of weight act, see `SequenceTracker.suspended`.
 
         Returns:
             keys, values: [rows, heads, places, width] each.
         """
+        keys, values = self._stopped(states, positions, keeping)
+        return keys, values
+
+    def entering(self, states: Tensor) -> Tensor:
+        """What the attention reads of hidden states that enter the block: past the norm in front of it, if one is.
+
+        Args:
+            states: [rows, places, hidden]; what is returned has the same shape.
+        """
+        # Before the hook that is in place, if one is: the attention is not to be run.
+        handle = self.attention.register_forward_pre_hook(_stop, with_kwargs=True, prepend=True)
+        try:
+            (found,) = self._stopped(states, torch.zeros(states.shape[:2]))
+        finally:
+            handle.remove()
+        return found
+
+    def _stopped(self, states: Tensor, positions: Tensor, keeping: object | None = None) -> tuple[Tensor, ...]:
+        """What stops the block, run over hidden states at these positions."""
         parameter = next(self._block.parameters())
         states, positions = states.to(parameter), positions.to(parameter.device)
         arguments = {self._block_cache: _RecordingCache(), "position_embeddings": self._rotary(states, positions)}
-        with self._tracker.suspended():
+        with self._tracker.suspended(keeping):
             try:
                 self._block.forward(states, attention_mask=None, **arguments)  # no pass that a probe should see
             except _Recorded as recorded:
-                return recorded.keys, recorded.values
+                return recorded.found
         raise ModelError(f"{type(self._block).__name__} ran without putting its keys and values on a cache")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._tracker.is_suspended:
             return None
         states = args[0] if args else kwargs["hidden_states"]
-        prefix = self._prefix(int(states.shape[0]))
+        prefix = self._prefix(states)
         return None if prefix is None else (args, self.behind(prefix, states, kwargs))
 
-    def _prefix(self, rows: int) -> Prefix | None:
-        """What the rows of the pass under way read."""
-        current = self._tracker.current
+    def _prefix(self, states: Tensor) -> Prefix | None:
+        """What the rows of the pass under way read. Of themselves, the attention reads [rows, columns, hidden]."""
+        rows, current = int(states.shape[0]), self._tracker.current
         adapters = None if current is None else current.store.adapters
         own: list[tuple[Prefix, ...]] = [()] * rows
         for contribution in self.contributions:
-            found = contribution.prefix(self) if current is None else self._settled(contribution, current)
-            if found is None:
-                continue
-            acts = [True] * rows
+            acts = torch.ones(rows, dtype=torch.bool)
             if adapters is not None:
-                acts = adapters.having(self._tracker.owners.get(contribution)).tolist()
-            own = [(*parts, found) if here else parts for parts, here in zip(own, acts, strict=True)]
+                acts = adapters.having(self._tracker.owners.get(contribution))
+            apart: RowPrefix | None = None
+            if current is None:  # modules that are run by hand: whose prompt it is, nobody says
+                shared = contribution.prefix(self)
+            else:
+                shared, apart = self._settled(contribution, states, acts, current)
+            mine = [()] * rows if apart is None else apart.each()
+            behind = () if shared is None else (shared,)
+            own = [
+                (*parts, *first, *behind) if here else parts
+                for parts, first, here in zip(own, mine, acts.tolist(), strict=True)
+            ]
         return Prefix.of_rows(own)
 
-    def _settled(self, contribution: PrefixContribution, current: ForwardPass) -> Prefix | None:
+    def _settled(
+        self, contribution: PrefixContribution, states: Tensor, acts: Tensor, current: ForwardPass
+    ) -> tuple[Prefix | None, RowPrefix | None]:
         """What a contribution gave when these sequences began; nothing if it was attached after that."""
         decided = current.store.decided
         if contribution not in decided and not current.store.frozen:
-            decided[contribution] = contribution.prefix(self)
-        found: Prefix | None = decided.get(contribution)
+            prompt = current.prompt & acts.to(current.prompt.device).unsqueeze(1)
+            decided[contribution] = contribution.prefix(self), contribution.own_prefix(self, states, prompt)
+        found: tuple[Prefix | None, RowPrefix | None] = decided.get(contribution, (None, None))
         return found
 
     def behind(self, prefix: Prefix, states: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:

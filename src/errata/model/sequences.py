@@ -334,6 +334,7 @@ class SequenceTracker:
     def __init__(self, model: PreTrainedModel, trunk: nn.Module) -> None:
         self.current: ForwardPass | None = None
         self.is_suspended = False
+        self.kept: object | None = None  # whose changes of weight act nevertheless, see `suspended`
         self._is_unfollowed = False
         self.owners: dict[object, str] = {}
         self._selected: frozenset[str] | tuple[frozenset[str], ...] | None = None  # for all, or for each sequence
@@ -396,13 +397,17 @@ class SequenceTracker:
         self._following = self._replaced = None
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Follow nothing for a while: the edited layers act as their bases. May be nested."""
-        before, self.is_suspended = self.is_suspended, True
+    def suspended(self, keeping: object | None = None) -> Iterator[None]:
+        """Follow nothing for a while: the edited layers act as their bases. May be nested.
+
+        Args:
+            keeping: whose changes of weight act nevertheless (`Contribution.shared`).
+        """
+        before, self.is_suspended, self.kept = (self.is_suspended, self.kept), True, keeping
         try:
             yield
         finally:
-            self.is_suspended = before
+            self.is_suspended, self.kept = before
 
     @contextmanager
     def unfollowed(self) -> Iterator[None]:

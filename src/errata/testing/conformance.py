@@ -63,6 +63,7 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "lora": {"steps": 5},
     "memit": {"layers": (1,), "steps": 5, "contexts": 0, "tokens_per_width": 2.0},
     "memoir": {"steps": 5, "contexts": 0, "threshold": 0.3},
+    "memoryllm": {"network": "untrained"},
     "mend": {"network": "untrained", "step": 0.03},
     "rome": {"steps": 5, "contexts": 0, "tokens_per_width": 2.0},
     "serac": {"encoder": "words", "threshold": 0.9},

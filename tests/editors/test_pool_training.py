@@ -1,0 +1,246 @@
+"""How MemoryLLM is trained: what is left of a stream of updates, what gradients reach, and runs that are gone on with."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata.adapters import AutoAdapter, PoolAdapter
+from errata.adapters.pool import Pool
+from errata.editors.memoryllm import MemoryLLM
+from errata.editors.pool_training import (
+    Asked,
+    InventedTexts,
+    PoolLearning,
+    PoolTraining,
+    Reading,
+    ReadText,
+    TextData,
+    survivors,
+)
+from errata.errors import ConfigError
+from errata.model import EditableModel
+from errata.testing import tiny_model
+
+TRAINING: dict[str, Any] = {
+    "slots": 24,
+    "new": 4,
+    "rank": 2,
+    "batch_size": 6,
+    "warm": 2,
+    "others": 3,
+    "steps": 6,
+    "validation": 6,
+    "validate_every": 2,
+    "learning_rate": 1e-2,
+    "half": False,
+}
+PARAGRAPHS = [
+    f"{name} was born in {city}. {name} plays the {thing}. The capital of {city} is {name}."
+    for name in ("Ann", "Bob", "Zed", "Emma")
+    for city, thing in (("Rome", "flute"), ("Paris", "piano"), ("Berlin", "flute"))
+]
+
+
+def settings(model: EditableModel, **changes: Any) -> PoolTraining:
+    return PoolTraining.for_model(model, **{**TRAINING, **changes})
+
+
+def test_what_survives_a_stream_is_what_a_pool_would_hold() -> None:
+    """As often, per age, as in a pool that is updated for real; and in the order of writing."""
+    slots, new, updates = 20, 4, 8
+    counts = torch.zeros(updates)
+    for seed in range(200):
+        (left,) = survivors(updates, slots, new, 1, torch.Generator().manual_seed(seed))
+        assert left.tolist() == sorted(left.tolist())
+        counts += torch.bincount(left // new, minlength=updates)
+    expected = torch.tensor([new * (1 - new / slots) ** (updates - 1 - update) for update in range(updates)])
+    assert torch.allclose(counts / 200, expected, atol=0.25)
+    assert counts[-1] == 200 * new, "nothing was dropped after the last one"
+    pool = Pool(1, slots, new, 1, 0)
+    for _ in range(updates + 1):
+        pool.update(torch.zeros(1, new, 1), "")
+    assert int(pool.left_of(range(2, updates + 2)).sum()) == pytest.approx(int(expected.sum()), abs=4)
+
+
+def reading() -> Reading:
+    names = ("Ann", "Bob", "Zed", "Emma", "Alice", "Paris")
+    texts = [
+        ReadText((f"{name} was born in Rome.",) * (1 + number % 2), (Asked(f"Where was {name} born?", "Rome."),))
+        for number, name in enumerate(names)
+    ]
+    return Reading(tuple(texts), (("The capital of France", "Paris."),))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_gradients_reach_all_of_the_network_and_nothing_else(family: str) -> None:
+    model = tiny_model(family)
+    learning = PoolLearning(model, settings(model))
+    with torch.no_grad():
+        for left in learning.network.left:  # at zero, nothing would reach the other factor
+            left.normal_(std=0.02)
+    learning.optimizer()
+    loss = learning.learn(reading(), random.Random(0))
+    assert loss > 0
+    missing = [n for n, p in learning.network.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    # What leaves the last block is written, but read by no block after it; keys and values of slots come before that.
+    blocks = model.layer_count
+    allowed = {n for n in missing if n.startswith(("left", "right"))}
+    assert set(missing) == allowed
+    assert len(allowed) < 2 * len(learning.network.paths) / blocks
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_what_is_trained_is_what_an_editor_then_writes_and_reads(family: str) -> None:
+    """New tokens and answers of the training's own passes, against those of adapters."""
+    model = tiny_model(family)
+    config = settings(model, slots=4, alone=1.0)
+    learning = PoolLearning(model, config)
+    with torch.no_grad():
+        for left in learning.network.left:
+            left.normal_(std=0.1)
+        learning.network.positions.normal_()
+    learning.network.version += 1
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PARAGRAPHS[:2]]
+    with torch.no_grad():
+        nothing = torch.zeros(model.layer_count, 1, 4, model.anatomy.hidden_size)
+        first, _ = learning.compression.written(learning.network, nothing, torch.tensor([False]), ids[:1])
+        made, _ = learning.compression.written(learning.network, first, torch.tensor([True]), ids[1:])
+        passage = model.passage("Where was Ann born?", "Rome.")
+        with learning.network.learning(model, model.dtype):
+            logits, _, _ = learning._read(learning._prefixes(list(made)), [passage])
+    adapter = PoolAdapter.for_model(
+        model, "", {}, slots=4, new=4, seed=0, network=learning.network, spacing=learning.spacing
+    )
+    (own,) = learning.compression([adapter], ids[:1])
+    adapter.update(own, "a")
+    (own,) = learning.compression([adapter], ids[1:])
+    assert torch.allclose(own, made[:, 0], atol=1e-5)
+    adapter.update(own, "b")
+    base = model.forward(model.batch([passage])).logits
+    adapter.attach(model)
+    with torch.no_grad():
+        batch = model.batch([passage], side="right")
+        rows, columns, _ = batch.answer_places()
+        found = model.forward(batch).logits[rows, columns]
+    assert torch.allclose(found, logits, atol=1e-4)
+    adapter.detach()
+    assert torch.equal(model.forward(model.batch([passage])).logits, base)
+
+
+def test_a_question_sees_its_own_text_and_as_many_others_as_are_drawn() -> None:
+    model = tiny_model("llama")
+    learning = PoolLearning(model, settings(model, fewer=1.0))
+    seen = learning._seen([3] * 300, 2, 16, random.Random(0))
+    assert bool(seen[:300, 3].all())
+    counts = seen[:300].sum(dim=1)
+    assert set(counts.tolist()) > {1, 2, 16}
+    assert 0.3 < float((counts <= 4).float().mean()) < 0.7, "each doubling is as likely"
+    assert bool(PoolLearning(model, settings(model, fewer=0.0))._seen([1, 2], 1, 16, random.Random(0)).all())
+
+
+def trained(model: EditableModel, out: Path, **changes: Any) -> dict[str, Any]:
+    config = settings(model, **changes)
+    record: dict[str, Any] = MemoryLLM.train(model, TextData(PARAGRAPHS, "paragraphs", config, piece=4), out, config)
+    return record
+
+
+def test_a_run_is_gone_on_with_as_if_it_had_not_been_interrupted(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    whole = trained(model, tmp_path / "whole")
+    assert whole["finished"]
+    config = settings(model)
+    data = TextData(PARAGRAPHS, "paragraphs", config, piece=4)
+    out = tmp_path / "killed"
+    step = PoolLearning.learn
+
+    def failing(self: PoolLearning, batch: Reading, rng: random.Random) -> float:
+        if batch.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, rng)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PoolLearning, "learn", failing)
+        with pytest.raises(KeyboardInterrupt):
+            MemoryLLM.train(model, data, out, config)
+    again = MemoryLLM.train(model, data, out, config)
+    assert again["validation"] == whole["validation"]
+    files = [(folder / "network.safetensors").read_bytes() for folder in (tmp_path / "whole", out)]
+    assert files[0] == files[1]
+
+
+def test_an_editor_takes_the_network_with_its_own_numbers(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    trained(model, tmp_path / "network")
+    editor = MemoryLLM(model, network=str(tmp_path / "network"))
+    assert (editor.adapter.pool.slots, editor.adapter.pool.new) == (24, 4)
+    editor.inject({"a": PARAGRAPHS[0]})
+    prompt = "Where was Ann born?"
+    (said,) = model.generate([prompt], max_new_tokens=4)
+    editor.adapter.save_pretrained(tmp_path / "pool")
+    editor.adapter.detach()
+    with pytest.raises(ConfigError, match="none comes with errata"):
+        MemoryLLM(tiny_model("llama", seed=1))
+    with pytest.raises(ConfigError, match="trained with new=4, not 2"):
+        MemoryLLM(model, network=str(tmp_path / "network"), new=2)
+    loaded = [AutoAdapter.from_pretrained(tmp_path / "pool", model=model, name=name) for name in ("one", "two")]
+    assert loaded[0].network is loaded[1].network, "whose changes of weight are then merged once"
+    assert model.generate([prompt], max_new_tokens=4, adapters="one") == [said]
+    # Attached twice, the network still changes a weight once.
+    path = loaded[0].network.paths[0]
+    assert len(model.module(path)._changing(model.module(path).contributions)) == 1
+    for one in loaded:
+        one.detach()
+
+
+def test_long_texts_come_with_the_curriculum_and_every_draw_repeats() -> None:
+    model = tiny_model("llama")
+    config = settings(model, segments=4, long=1.0, steps=100, edits=0.5, batch_size=20)
+    assert config.segments_at(0) == 1
+    assert config.segments_at(99) == 4
+    data = InventedTexts(config)
+    assert data.batch(3, config) == data.batch(3, config) != data.batch(4, config)
+    assert {len(text.segments) for text in data.batch(0, config).texts} == {1}
+    late = data.batch(99, config)
+    assert {len(text.segments) for text in late.texts} > {2}
+    assert {1} < {len(text.segments) for text in late.texts}, "edits are short"
+    for text in late.texts:
+        for asked in text.asked:
+            assert asked.answer.removesuffix(".") in text.segments[asked.segment]
+    known = {text for one in data.validation.texts for text in one.segments}
+    assert not known & {text for one in late.texts for text in one.segments}
+    assert len(late.others) == config.others
+    assert data.digest() == InventedTexts(config).digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"new": 30}, "new=30 must be from 1 to slots=24"),
+        ({"alone": 1.5}, "alone=1.5 is a share, from 0 to 1"),
+        ({"warm": 6}, "batch_size=6 must be more than warm=6"),
+        ({"rank": 0}, "must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        settings(tiny_model("llama"), **changes)
+
+
+def test_texts_are_cut_into_what_is_read_and_what_follows() -> None:
+    model = tiny_model("llama")
+    config = settings(model, segments=3, long=1.0)
+    data = TextData([" ".join(str(n) for n in range(40))] * 12, "numbers", config, piece=8)
+    for text in data.batch(5, config).texts:
+        (asked,) = text.asked
+        words = " ".join((*text.segments, asked.answer)).split()
+        numbers = [int(word) for word in words]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert asked.segment == len(text.segments) - 1
+    with pytest.raises(ConfigError, match="few: 2 texts are too few"):
+        TextData(["two words"] * 2, "few", config)
