@@ -17,6 +17,7 @@ __all__ = ["benchmark", "benchmark_names"]
 
 _BENCHMARKS = {
     "batch": "errata.benchmarks.batch:run",
+    "memory": "errata.benchmarks.memory:run",
     "methods": "errata.benchmarks.methods:run",
     "overhead": "errata.benchmarks.overhead:run",
     "routing": "errata.benchmarks.routing:run",

@@ -32,6 +32,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     **{method: {"steps": 3, "tokens_per_width": 10.0} for method in ("alphaedit", "emmet", "memit", "rome")},
     "simie": {"inner_settings": {"steps": 3, "tokens_per_width": 10.0}},
 }
+_UNTRAINED = ("memoryllm", "mend")  # as fast as trained, and no network need be at hand
 _LOOK = 0.003  # seconds
 
 
@@ -72,7 +73,7 @@ def _speed(editor: Editor[Any], edits: Sequence[Edit]) -> float:
 def measure(method: str, edits: int = _EDITS, blocks: int = 8, hidden: int = 512) -> dict[str, Any]:
     """Edits per second on atlas, and peak memory on a random model; to be called in a fresh process."""
     cls, some = editor_class(method), world_edits(edits)
-    settings: dict[str, Any] = {"network": "untrained"} if method == "mend" else {}
+    settings: dict[str, Any] = {"network": "untrained"} if method in _UNTRAINED else {}
     editor = cls(EditableModel.load("atlas"), **settings)
     speed = _speed(editor, some)
     row: dict[str, Any] = {"method": method, "edits_per_second": speed}
