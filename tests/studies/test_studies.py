@@ -19,6 +19,7 @@ from errata.editors import Editor
 from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.metrics import held_until
 from errata.evaluation.significance import spearman, spearman_interval
+from errata.evaluation.tables import cell
 from errata.model import EditableModel
 from errata.model.scoring import forced_answers
 from errata.progress import NO_PROGRESS
@@ -88,7 +89,7 @@ def test_every_study_can_be_found_and_says_what_it_asks() -> None:
     import importlib
 
     names = [one.name for one in studies()]
-    assert len(names) == len(set(names)) == 24
+    assert len(names) == len(set(names)) == 30
     for one in studies():
         module, _, function = one.target.partition(":")
         assert getattr(importlib.import_module(module), function).__doc__
@@ -231,7 +232,14 @@ def test_all_methods_that_can_be_run_are_compared_and_the_others_named(model: Ed
     names = _usual(bench)
     assert not {"mend", "memoryllm"} & set(names)
     assert {"ft", "rome", "memoir", "wise", "grace"} <= set(names)
-    assert any(note.startswith("mend left out") and "errata train mend" in note for note in bench.notes)
+    for left_out in ("mend", "memoryllm"):
+        assert any(
+            note.startswith(f"{left_out} left out") and f"errata train {left_out}" in note for note in bench.notes
+        )
+    given = StudyOptions(folder=tmp_path, settings={"memoryllm": {"network": "somewhere"}})
+    bench = Workbench(study("mirage"), model, given, NO_PROGRESS)
+    assert "memoryllm" in _usual(bench), "where it is, the editor looks for itself"
+    assert not any(note.startswith("memoryllm") for note in bench.notes)
 
 
 def test_edits_are_shared_out_over_layers(run: Callable[..., StudyResult], no_more_edits: Callable[[], None]) -> None:
@@ -458,6 +466,23 @@ def test_unlearning_merges_queries_for_methods_that_look_for_subjects(
     assert run("unlearn", **options).rows == found.rows
 
 
+def test_unlearning_shows_tofus_measures_where_facts_carry_wrong_answers(
+    run: Callable[..., StudyResult], tmp_path: Path
+) -> None:
+    path = tmp_path / "facts.jsonl"
+    write_edits(path, [edit.model_copy(update={"extra": {"perturbed_answer": ["king"]}}) for edit in EDITS])
+    options = {"data": path, "methods": ("ft",), "settings": {"ft": FT}, "edits": 2, "folder": tmp_path / "with"}
+    found = run("unlearn", **options)
+    assert found.columns[-2:] == ("tofu_truth_ratio", "balance"), "there is nobody who never learned"
+    unedited, ft = found.rows
+    assert ft["truth_ratio"] != unedited["truth_ratio"]
+    assert ft["tofu_truth_ratio"].startswith(cell(ft["truth_ratio"]))
+    assert (unedited["tofu_forget_quality"], unedited["p_never_learned"]) == (None, None)
+    assert unedited["retain_truth"] is not None
+    write_edits(path, EDITS)
+    assert "tofu_truth_ratio" not in run("unlearn", **{**options, "folder": tmp_path / "without"}).columns
+
+
 # --- long texts -----------------------------------------------------------------------------------------------------
 
 BIOS = [
@@ -607,7 +632,7 @@ def test_the_command_lists_studies_runs_one_and_explains_errors(tmp_path: Path) 
 
     for listing in ((), ("--list",), ("memoir-long", "--list")):
         assert "memoir-collisions\n    Is an edit lost" in call(*listing)
-    assert len(json.loads(call("--list", "--json"))["studies"]) == 24
+    assert len(json.loads(call("--list", "--json"))["studies"]) == 30
     folder = tmp_path / "model"
     tiny_hf_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

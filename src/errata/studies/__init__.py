@@ -198,6 +198,42 @@ _STUDIES = (
         "five methods, 100 edits each, six capabilities asked at 20, 50 and 100; 9 minutes",
         "errata.studies.abilities:abilities",
     ),
+    Study(
+        "memoryllm-retention",
+        "For how long does a memory answer for a text while it reads others?",
+        "128 documents, each asked about after up to 60 others; 12 minutes",
+        "errata.studies.memory:retention",
+    ),
+    Study(
+        "memoryllm-long",
+        "Does a memory that keeps what it drops, and retrieves it by the question, remember for longer?",
+        "128 documents, each asked about after up to five times N/K others, in two ways; 25 minutes, estimated",
+        "errata.studies.memory_store:long_term",
+    ),
+    Study(
+        "memoryllm-capacity",
+        "How much does a memory hold, in pools of several sizes and of texts of more and more facts?",
+        "64 documents in ten settings, asked after 0, 10 and 20 others; 25 minutes",
+        "errata.studies.memory:capacity",
+    ),
+    Study(
+        "memoryllm-integrity",
+        "Does a memory that is rewritten a million times get worse at it?",
+        "1,000,000 updates, 25,000 questions on the way; 3 hours (--edits 50000, 20 minutes)",
+        "errata.studies.memory_long:integrity",
+    ),
+    Study(
+        "memoryllm-edits",
+        "Is a memory that reads edits an editor, beside those that write weights?",
+        "five methods and the prompt itself, 50 edits made alone, then 20 in sequence; 12 minutes",
+        "errata.studies.memory_edits:edits",
+    ),
+    Study(
+        "memoryllm-context",
+        "Does a memory answer out of a text that is longer than the model's window?",
+        "60 contexts of each of five lengths, 128 to 2,048 tokens; 15 minutes",
+        "errata.studies.memory_context:context",
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from errata.adapters.sentences import encoder_for
 from errata.editors import editor_names, method_of
+from errata.editors.training import find_trained
 from errata.errors import ConfigError
 from errata.studies.figures import gaps
 from errata.studies.result import Published, StudyResult
@@ -81,8 +82,12 @@ def _usual(bench: Workbench) -> list[str]:
     names = list(editor_names())
     if bench.options.methods:
         return names
-    bench.notes.append("memoryllm left out: no model is trained yet to read what it writes (docs/methods/memoryllm.md)")
-    names.remove("memoryllm")
+    if "network" not in bench.given("memoryllm"):
+        try:
+            find_trained("memoryllm", bench.model, None)
+        except ConfigError as error:
+            bench.notes.append(f"memoryllm left out: {error}")
+            names.remove("memoryllm")
     if bench.model.model_id != "atlas":
         bench.notes.append("mend left out: it needs a network that was trained for the model (errata train mend)")
         names.remove("mend")

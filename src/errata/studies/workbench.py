@@ -321,6 +321,10 @@ class Workbench:
             self._finish(key, make())
         return dict(self._known_rows()[key])
 
+    def place(self, arm: Arm, parts: Any) -> Path:
+        """A folder below `runs/` for what has to be kept while a row of these parts is made."""
+        return self.options.folder / "runs" / f"{arm.method}-{self._run_key(arm, [], 'on the way', parts)[:8]}"
+
     def _known_rows(self) -> dict[str, dict[str, Any]]:
         if self._finished is None:
             self._finished = {line["key"]: line["row"] for line in self._rows.read()}
