@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from errata.datasets import known_forms, read_edits, read_file
+from errata.datasets.tofu import TruthQuestion, truth_question
 from errata.edit import Edit, Probe
 from errata.errors import FormatError
 
@@ -491,6 +492,28 @@ def test_tofu(tmp_path: Path) -> None:
     record = {"question": "Who wrote it?", "answer": "Ann", "perturbed_answer": ["Bob", "Eve"]}
     (edit,) = edits_of(tmp_path, record, "questions with answers")
     assert (edit.prompt, edit.target, edit.extra) == ("Who wrote it?", "Ann", {"perturbed_answer": ["Bob", "Eve"]})
+
+
+def test_tofus_right_and_wrong_answers(tmp_path: Path) -> None:
+    record = {"question": "Who wrote it?", "answer": "Ann wrote it.", "perturbed_answer": ["Bob", " Eve"]}
+    (edit,) = edits_of(tmp_path, record, "questions with answers")
+    assert truth_question(edit) == TruthQuestion("Who wrote it?", "Ann wrote it.", ("Bob", "Eve"))
+    more = {**record, "paraphrased_answer": "By Ann", "perturbed_answer": "Bob"}
+    (edit,) = edits_of(tmp_path, more, "questions with answers")
+    assert truth_question(edit) == TruthQuestion("Who wrote it?", "By Ann", ("Bob",))
+    assert truth_question(Edit(prompt="Who?", target="Ann")) is None
+    probe = Probe.model_validate({"prompt": "Who?", "answer": "Ann", "perturbed_answer": ["Bob"]})
+    assert truth_question(probe) == TruthQuestion("Who?", "Ann", ("Bob",))
+    assert truth_question(probe.model_copy(update={"answer": None})) is None, "no right answer is known"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("perturbed_answer", [3]), ("perturbed_answer", {"a": "b"}), ("perturbed_answer", [" "]), ("paraphrased_answer", 3)],
+)  # fmt: skip
+def test_tofus_answers_have_to_be_texts(tmp_path: Path, field: str, value: Any) -> None:
+    record = {"question": "Who wrote it?", "answer": "Ann", "perturbed_answer": ["Bob"], field: value}
+    assert f"field '{field}'" in str(problem_of(tmp_path, record))
 
 
 def test_a_key_that_an_edit_has_too_is_kept_under_another_name(tmp_path: Path) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from math import log
 
+import numpy as np
 import pytest
 
 from errata.evaluation.lifelong import capability_drop, collapse_point, forgetting, locality_drift
 from errata.evaluation.metrics import Score, answers_exactly, best_answer, contains, token_f1, wilson_interval
 from errata.evaluation.preference import CounterFactScores, OverfittingScores, Preference, harmonic_mean
-from errata.evaluation.significance import cohen_kappa, compare_methods, holm, mcnemar, sign_flip_test
+from errata.evaluation.significance import (
+    cohen_kappa,
+    compare_methods,
+    holm,
+    kolmogorov_smirnov,
+    mcnemar,
+    sign_flip_test,
+)
 from errata.evaluation.texts import consistency, fluency, ngram_entropy, words_of
 
 
@@ -162,6 +170,35 @@ def test_mcnemar_counts_what_the_methods_disagree_on() -> None:
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 9) / 2**9)
     assert mcnemar([True, False], [True, False]) == 1.0
     assert mcnemar([True], [False]) == 1.0
+
+
+def test_kolmogorov_smirnov_counts_orders() -> None:
+    # Of the C(4, 2) orders of two and two values, two have all of one sample before all of the other.
+    assert kolmogorov_smirnov([1.0, 2.0], [3.0, 4.0]) == (1.0, 2 / 6)
+    assert kolmogorov_smirnov([4.0, 5.0, 6.0], [1.0, 2.0, 3.0]) == (1.0, 2 / 20)
+    assert kolmogorov_smirnov([1.0, 3.0], [2.0, 4.0]) == (0.5, 1.0)  # no order of two and two comes nearer
+    assert kolmogorov_smirnov([1.0, 2.0, 2.0], [2.0, 1.0, 2.0]) == (0.0, 1.0)
+    # At 1 all of the single value, none of three: as far apart as in 2 of 4 orders.
+    assert kolmogorov_smirnov([1.0], [2.0, 3.0, 4.0]) == (1.0, 2 / 4)
+    with pytest.raises(ValueError, match="one at least"):
+        kolmogorov_smirnov([], [1.0])
+    with pytest.raises(ValueError, match="give numbers"):
+        kolmogorov_smirnov([math.nan], [1.0])
+
+
+def test_kolmogorov_smirnov_agrees_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for n, m, shift in ((5, 8, 0.5), (42, 42, 0.0), (42, 42, 3.0), (42, 17, 0.3), (100, 60, 0.2)):
+        for digits in (9, 0):  # without ties and with
+            first, second = rng.normal(size=n).round(digits), (rng.normal(size=m) + shift).round(digits)
+            expected = stats.ks_2samp(first, second, method="exact")
+            distance, p = kolmogorov_smirnov(first, second)
+            assert (distance, p) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue, rel=1e-9))
+    first, second = rng.normal(size=600), rng.normal(size=700) + 0.1
+    exact = stats.ks_2samp(first, second, method="exact").pvalue
+    assert kolmogorov_smirnov(first, second)[1] == pytest.approx(exact, rel=0.1), "the limit"
+    assert kolmogorov_smirnov(first, first) == (0.0, 1.0)
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:

@@ -30,11 +30,13 @@ from errata.atlas.world import Fact, World, _number, load_world
 from errata.edit import Edit, Probe
 from errata.errors import ConfigError
 
-__all__ = ["drawn_subjects", "is_reserved", "subject_facts", "training_edits", "world_edits"]
+__all__ = ["drawn_subjects", "is_reserved", "stand_ins", "subject_facts", "training_edits", "world_edits"]
 
 _RESERVED = 15  # per cent of subjects
 _KEPT_ONE_IN = 5  # facts of a relation
 _MOST = 20_000
+_WRONG = 5  # wrong answers beside a right one, as many as TOFU has
+_DONORS = 10  # at least so many names of a kind, or those of other kinds are taken as well
 _OF_PEOPLE = (
     "birthplace",
     "citizenship",
@@ -187,11 +189,20 @@ def world_edits(count: int, *, seed: int = 0, locality: int = 4) -> list[Edit]:
     return edits
 
 
+def _wrong(world: World, fact: Fact) -> list[str]:
+    """Other objects of the same relation, always the same ones for a fact; all of them where there are few."""
+    objects = sorted({other.object for other in world.by_relation[fact.relation]} - {fact.object})
+    rng = random.Random(f"wrong {fact.relation} {fact.subject}")
+    return rng.sample(objects, min(_WRONG, len(objects)))
+
+
 def subject_facts(subjects: Sequence[str], *, seed: int = 0, locality: int = 4) -> list[Edit]:
     """Everything that atlas knows about some subjects, to be forgotten: edits whose target is the true answer.
 
     Rephrases are the untaught phrasings. Locality asks for facts that the seed keeps, half of them of the same
-    relation, none of a subject that is named here and none whose answer is one.
+    relation, none of a subject that is named here and none whose answer is one. Facts and locality prompts carry wrong
+    answers (`perturbed_answer`, as in TOFU): other objects of the same relation. A name has no other words, so the
+    right answer is what it is.
 
     Args:
         locality: prompts per fact.
@@ -234,13 +245,94 @@ def subject_facts(subjects: Sequence[str], *, seed: int = 0, locality: int = 4) 
                 subject=_spelled(fact.subject, prompt),
                 rephrases=tuple(saying.prompt for saying in world.untaught(fact)),
                 locality=tuple(
-                    Probe(prompt=world.say(other, 0).prompt, answer=other.object, kind=kind) for other, kind in drawn
+                    Probe.model_validate(
+                        {
+                            "prompt": world.say(other, 0).prompt,
+                            "answer": other.object,
+                            "kind": kind,
+                            "perturbed_answer": _wrong(world, other),
+                        }
+                    )
+                    for other, kind in drawn
                 ),
                 source="atlas",
                 tags=(fact.relation,),
+                extra={"perturbed_answer": _wrong(world, fact)},
             )
         )
     return edits
+
+
+def _made_up(names: Sequence[str], known: set[str], rng: random.Random) -> str:
+    """A name that nobody has, put together from the beginning of one name and the end of another.
+
+    Raises:
+        ConfigError: all that can be put together are names of somebody.
+    """
+    for _ in range(1000):
+        first, last = rng.sample(names, 2)
+        if " " in first:
+            name = f"{first.split()[0]} {last.split()[-1]}"
+        else:
+            name = first[: -(-len(first) // 2)] + last[len(last) // 2 :]
+        if name.casefold() not in known:
+            return name
+    raise ConfigError(f"no new name can be made of {len(names)} names; ask about fewer subjects")
+
+
+def stand_ins(facts: Sequence[Edit], *, each: int = 10, seed: int = 0) -> list[Edit]:
+    """The same questions, with the same right and wrong answers, about subjects that do not exist.
+
+    What atlas prefers of those answers, when it is asked about somebody of whom it knows nothing, stands in for what a
+    model would prefer that was never taught the facts: no such atlas exists. Every subject gets several invented ones,
+    since what one name suggests to atlas is chance, each named after two others of its kind ("Kazakhstan" may become
+    "Hainistan"), of which none is asked about.
+
+    Args:
+        facts: of `subject_facts`.
+        each: so many stand-ins per fact; all facts once, then all of them again.
+        seed: of the names.
+
+    Raises:
+        ConfigError: a fact is none of atlas's.
+    """
+    world = load_world()
+    known = {name.casefold() for fact in world.facts for name in (fact.subject, fact.object)}
+    own = {f"atlas-fact-{fact.relation}-{fact.subject}": fact for fact in world.facts}
+    asked = [own[edit.id] for edit in facts if edit.id in own]
+    if len(asked) < len(facts):
+        raise ConfigError("only facts of atlas's world have stand-ins; take them from subject_facts")
+    about = {fact.subject for fact in asked}
+    names: dict[str, list[str]] = {}
+    for fact in asked:
+        if fact.subject in names:
+            continue
+        alike = [one for one in world.by_subject if one not in about and (" " in one) == (" " in fact.subject)]
+        kind = {one.subject for one in world.by_relation[fact.relation]}
+        donors = [one for one in alike if one in kind]
+        rng = random.Random(f"stand-in {seed} {fact.subject}")
+        names[fact.subject] = []
+        for _ in range(each):
+            name = _made_up(donors if len(donors) >= _DONORS else alike, known, rng)
+            names[fact.subject].append(name)
+            known.add(name.casefold())
+    found = []
+    for number in range(each):
+        for edit, fact in zip(facts, asked, strict=True):
+            name = names[fact.subject][number]
+            prompt = world.say(Fact(fact.relation, name, fact.object, "invented"), 0).prompt
+            found.append(
+                Edit(
+                    id=f"atlas-stand-in-{fact.relation}-{name}",
+                    prompt=prompt,
+                    target=edit.target,
+                    subject=_spelled(name, prompt),
+                    source="atlas",
+                    tags=(fact.relation, "invented"),
+                    extra=edit.extra,
+                )
+            )
+    return found
 
 
 def drawn_subjects(facts: int, *, seed: int = 0) -> list[str]:
