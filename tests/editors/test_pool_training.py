@@ -24,6 +24,7 @@ from errata.editors.pool_training import (
 )
 from errata.errors import ConfigError
 from errata.model import EditableModel
+from errata.progress import SilentProgress
 from errata.testing import tiny_model
 
 TRAINING: dict[str, Any] = {
@@ -131,6 +132,32 @@ def test_what_is_trained_is_what_an_editor_then_writes_and_reads(family: str) ->
     assert torch.allclose(found, logits, atol=1e-4)
     adapter.detach()
     assert torch.equal(model.forward(model.batch([passage])).logits, base)
+
+
+@pytest.mark.parametrize(("alone", "asked", "not_asked"), [(1.0, "alone", "pool"), (0.0, "pool", "alone")])
+def test_a_step_may_ask_in_one_way_only(alone: float, asked: str, not_asked: str) -> None:
+    model = tiny_model("llama")
+    learning = PoolLearning(model, settings(model, alone=alone))
+    learning.optimizer()
+    nothing_else = Reading(reading().texts)
+    assert 0 < learning.learn(nothing_else, random.Random(0)) < float("inf")
+    scores = learning.examine(nothing_else)
+    assert 0 <= scores[asked] <= 1
+    assert not_asked not in scores
+
+
+def test_edits_are_read_in_training_as_they_are_injected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    data = InventedTexts(settings(model, edits=1.0))
+    editor = MemoryLLM(model, network="untrained", slots=4, new=2)
+    editor.prepare()
+    injected: list[list[int]] = []
+    monkeypatch.setattr(
+        editor._compression, "inject", lambda _, texts, __: injected.extend(list(ids) for _, ids in texts)
+    )
+    editor._write(data._edits[:1], SilentProgress())
+    (segment,) = data.batch(0, settings(model, edits=1.0)).texts[0].segments
+    assert injected == [PoolLearning(model, settings(model))._ids(segment)]
 
 
 def test_a_question_sees_its_own_text_and_as_many_others_as_are_drawn() -> None:

@@ -127,9 +127,8 @@ class PoolNetwork(nn.Module):
             for path in self.paths:
                 module = model.module(path)
                 weight = (weight_of(module).float() + self.change(path)).to(dtype)
-                module.forward = changed(
-                    weight, getattr(module, "bias", None)
-                )  # its class's own is found again when this is deleted
+                # No probe: it would make the layer's own product first. The class's own is found again afterwards.
+                module.forward = changed(weight, getattr(module, "bias", None))
                 stack.callback(delattr, module, "forward")
             self._is_in_place = True
             stack.callback(setattr, self, "_is_in_place", False)

@@ -66,7 +66,7 @@ def train(
     def words() -> None:
         best = record["validation"]
         print(f"{record['steps']:,} steps in {record['training_seconds'] / 60:.1f} minutes")
-        print(f"on {record['data']['validation']} others:")
+        print(f"on {record['data']['validation']} examples that were held out:")
         for name, value in record["validation_before"].items():
             print(f"  {name} {value:.4f} before, now {best[name]:.4f}")
         if not record["finished"]:

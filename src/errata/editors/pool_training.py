@@ -24,17 +24,17 @@ corpora that show what a model must not forget.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.adapters.pool import default_spacing
 from errata.adapters.pool_network import PoolNetwork
@@ -56,7 +56,7 @@ _RISING = 100  # steps
 _TOGETHER, _READ_TOGETHER = 1024, 640  # tokens of one pass, of texts and of questions
 
 _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
-    # Found on atlas: docs/methods/memoryllm.md.
+    # How far they were tried: docs/methods/memoryllm.md.
     ("llama", 6, 256): {
         "slots": 640,
         "new": 32,
@@ -71,7 +71,7 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
         "segments": 2,
         "edits": 0.15,
         "validate_every": 100,
-        "source": "ours, found on atlas",
+        "source": "ours, tried on atlas",
     },
 }
 
@@ -131,7 +131,7 @@ class PoolTraining(TrainingConfig):
         others: prompts about other things in a step; keep: c, the weight of their term.
         warm: texts of a step on top of whose new tokens the others are read.
         edits: share of texts that are the statement of one edit, where edits are at hand.
-        half: read in bfloat16 where the device is faster at it; the network itself stays in float32.
+        half: make passes in bfloat16; the network itself stays in float32.
     """
 
     batch_size: int = 40
@@ -275,7 +275,8 @@ class InventedTexts:
             if rng.random() < config.edits:
                 edit = self._edits[number % len(self._edits)]
                 asked = [Asked(prompt, f"{edit.target}.") for prompt in (edit.prompt, *edit.rephrases)]
-                texts.append(ReadText((_statement(edit.prompt, edit.target),), tuple(asked)))
+                # As `MemoryLLM` injects an edit: without a full stop.
+                texts.append(ReadText((f"{edit.prompt} {edit.target}",), tuple(asked)))
             else:
                 texts.append(_of_document(number, "training", config.segments_of(step, rng)))
         return Reading(tuple(texts), self._others(rng, config.others), step)
@@ -284,11 +285,6 @@ class InventedTexts:
         content = "".join(edit.to_json() for edit in self._edits) + repr(self.validation)
         content += repr([_of_document(number, "training", 2) for number in range(100)])
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _statement(prompt: str, target: str) -> str:
-    """An edit as it is injected."""
-    return f"{prompt} {target}."
 
 
 def _of_document(number: int, part: str, segments: int) -> ReadText:
@@ -334,8 +330,52 @@ class _Stream:
     number: dict[tuple[int, int], int]
 
 
-class PoolLearning:
-    """The training, as `run_training` takes it."""
+class StreamLearning(abc.ABC):
+    """What the trainings of a pool's network and of its retriever share, as `run_training` takes them.
+
+    Attributes:
+        network: what is trained; config: its settings.
+    """
+
+    network: nn.Module
+    config: PoolTraining
+
+    @abc.abstractmethod
+    def _scores(self, reading: Reading, rng: random.Random) -> dict[str, Tensor]:
+        """The loss of a step, "loss", and shares of what was right; of what was not asked there is none."""
+
+    def prepare(self, data: Any, progress: Progress) -> None:  # noqa: B027  # nothing has to be done for any of them
+        """Nothing: it begins as the model is."""
+
+    def optimizer(self) -> torch.optim.Adam:
+        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.98))
+        return self._optimizer
+
+    def learn(self, batch: Reading, rng: random.Random) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(batch.step)
+        loss = self._scores(batch, rng)["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def examine(self, validation: Reading) -> dict[str, float]:
+        """Means over readings of the size of a step; what is left over counts only where there is nothing else."""
+        size, found = self.config.batch_size, dict[str, list[float]]()
+        for start in range(0, len(validation), size):
+            texts = validation.texts[start : start + size]
+            if len(texts) < size and found:
+                break
+            scores = self._scores(Reading(texts, validation.others), random.Random(f"examine {start}"))
+            for name, score in scores.items():
+                found.setdefault(name, []).append(float(score))
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+class PoolLearning(StreamLearning):
+    """The training of a pool's network."""
+
+    network: PoolNetwork
 
     def __init__(self, model: EditableModel, config: PoolTraining) -> None:
         self.model, self.config = model, config
@@ -343,13 +383,6 @@ class PoolLearning:
         self.network = PoolNetwork.to_train(model, config.new, config.rank, generator).to(model.device)
         self.compression = Compression(model)
         self.spacing = default_spacing(model, config.slots) if config.spacing is None else config.spacing
-
-    def prepare(self, data: Any, progress: Progress) -> None:
-        """Nothing: it begins as the model is."""
-
-    def optimizer(self) -> torch.optim.Adam:
-        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.98))
-        return self._optimizer
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -480,16 +513,18 @@ class PoolLearning:
             logits, labels, rows = self._read(theirs, [self._passage(asked) for _, asked in alone])
             losses.append(_per_row(logits, labels, rows, len(alone)))
             right["alone"] = _all_right(logits, labels, rows, len(alone))
-        left = survivors(updates, config.slots, config.new, model.layer_count, generator)
-        flat = stream.made.flatten(1, 2)
-        whole = self._prefixes([flat[layer, kept.to(flat.device)].unsqueeze(0) for layer, kept in enumerate(left)])
-        seen = self._seen([number for number, _ in pooled], len(beside), updates, rng)
-        for one, kept in zip(whole, left, strict=True):
-            one.visible = F.pad(seen[:, kept // config.new], (1, 0), value=True).to(one.keys.device)
-        logits, labels, rows = self._read(whole, [*(self._passage(asked) for _, asked in pooled), *beside])
-        own = rows < len(pooled)
-        losses.append(_per_row(logits[own], labels[own], rows[own], len(pooled)))
-        right["pool"] = _all_right(logits[own], labels[own], rows[own], len(pooled))
+        if pooled or beside:
+            left = survivors(updates, config.slots, config.new, model.layer_count, generator)
+            flat = stream.made.flatten(1, 2)
+            whole = self._prefixes([flat[layer, kept.to(flat.device)].unsqueeze(0) for layer, kept in enumerate(left)])
+            seen = self._seen([number for number, _ in pooled], len(beside), updates, rng)
+            for one, kept in zip(whole, left, strict=True):
+                one.visible = F.pad(seen[:, kept // config.new], (1, 0), value=True).to(one.keys.device)
+            logits, labels, rows = self._read(whole, [*(self._passage(asked) for _, asked in pooled), *beside])
+            own = rows < len(pooled)
+        if pooled:
+            losses.append(_per_row(logits[own], labels[own], rows[own], len(pooled)))
+            right["pool"] = _all_right(logits[own], labels[own], rows[own], len(pooled))
         loss = torch.cat(losses).mean()
         if before is not None:
             after = logits[~own].log_softmax(-1)
@@ -510,25 +545,6 @@ class PoolLearning:
                 row[rng.sample(range(updates), updates - many)] = False
         seen[range(len(own)), own] = True
         return seen
-
-    def learn(self, batch: Reading, rng: random.Random) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(batch.step)
-        loss = self._scores(batch, rng)["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def examine(self, validation: Reading) -> dict[str, float]:
-        size, totals, parts = self.config.batch_size, Counter[str](), 0
-        for start in range(0, len(validation), size):
-            texts = validation.texts[start : start + size]
-            if len(texts) < size and parts:
-                break
-            scores = self._scores(Reading(texts, validation.others), random.Random(f"examine {start}"))
-            totals.update({name: float(score) for name, score in scores.items()})
-            parts += 1
-        return {name: total / parts for name, total in totals.items()}
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The factors in bfloat16, which is enough for them."""

@@ -30,7 +30,7 @@ from errata.adapters.pool_network import PoolNetwork
 from errata.adapters.pool_reading import retrieved_places, retrieved_spacing
 from errata.adapters.retriever import Retriever
 from errata.editors.compression import Compression
-from errata.editors.pool_training import PoolLearning, PoolTraining, Reading, survivors
+from errata.editors.pool_training import PoolLearning, PoolTraining, Reading, StreamLearning, survivors
 from errata.editors.training import load_trained
 from errata.errors import ConfigError
 from errata.model import EditableModel
@@ -38,7 +38,6 @@ from errata.model.prefixed_attention import Prefix
 from errata.model.probes import probing
 from errata.model.scoring import length_batches
 from errata.model.tokens import Passage
-from errata.progress import Progress
 
 __all__ = ["MemoryTraining", "RetrieverLearning"]
 
@@ -137,8 +136,10 @@ class _Pool:
     stored: list[Tensor]
 
 
-class RetrieverLearning:
-    """The training, as `run_training` takes it."""
+class RetrieverLearning(StreamLearning):
+    """The training of a retriever, on top of a network that is trained already."""
+
+    network: Retriever
 
     def __init__(self, model: EditableModel, config: MemoryTraining) -> None:
         assert config.retriever_of is not None
@@ -151,13 +152,6 @@ class RetrieverLearning:
         self.retrieved = max(1, slots // 4) if config.retrieved is None else config.retrieved
         self.own_spacing = retrieved_spacing(model, slots, spacing, self.retrieved)
         self._reader = _Reader(model, config, PoolNetwork.from_state(self._tensors).to(model.device), spacing)
-
-    def prepare(self, data: Any, progress: Progress) -> None:
-        """Nothing: it begins with nothing found."""
-
-    def optimizer(self) -> torch.optim.Adam:
-        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.98))
-        return self._optimizer
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -257,24 +251,6 @@ class RetrieverLearning:
         whole = Prefix.of_rows([(found.of(torch.tensor([row])), short) for row in range(len(chosen))])
         assert whole is not None
         return whole
-
-    def learn(self, batch: Reading, rng: random.Random) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(batch.step)
-        loss = self._scores(batch, rng)["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def examine(self, validation: Reading) -> dict[str, float]:
-        size, found = self.config.batch_size, list[dict[str, float]]()
-        for start in range(0, len(validation), size):
-            texts = validation.texts[start : start + size]
-            if len(texts) < size and found:
-                break
-            scores = self._scores(Reading(texts), random.Random(f"examine {start}"))
-            found.append({name: float(score) for name, score in scores.items()})
-        return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of the network: as it was trained before, bit for bit, and the retriever."""
