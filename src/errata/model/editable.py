@@ -6,6 +6,7 @@ editable, so that training an edit computes no gradient that nobody asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -200,6 +201,22 @@ class EditableModel:
         if device is not None:
             model = model.to(device)
         return cls(model, tokenizer, model_id=name, revision=revision, declaration=declaration)
+
+    def copy(self) -> EditableModel:
+        """This model again, for another thread: modules, hooks and a tokenizer of its own, on the same weights.
+
+        Raises:
+            ConfigError: something is attached, which would not know of the copy.
+        """
+        if self.sequences.owners:
+            raise ConfigError(f"detach {', '.join(self.sequences.adapter_names)} from the model before it is copied")
+        shared: dict[int, Any] = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        made = copy.copy(self)
+        vars(made).pop("head", None)  # which is that of the modules it was made from
+        made.model, made.tokenizer = copy.deepcopy(self.model, shared), copy.deepcopy(self.tokenizer)
+        made.sequences = SequenceTracker.of(made.model, made.model.get_submodule(self.anatomy.trunk))
+        made.adapters, made.verdicts = {}, dict(self.verdicts)
+        return made
 
     # --- what it is -------------------------------------------------------------------------------------------
 

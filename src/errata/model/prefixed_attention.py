@@ -18,6 +18,7 @@ Knows blocks, masks and caches. Knows nothing of where the states come from.
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,11 +106,19 @@ class RowPrefix:
     prefix: Prefix
     rows: Tensor
 
+    @functools.cached_property
     def each(self) -> list[tuple[Prefix, ...]]:
         """For each sequence its own prefix, of one row; nothing where it has none."""
         keys, values, visible = self.prefix.keys, self.prefix.values, self.prefix.visible
         places = [slice(row, row + 1) for row in self.rows.tolist()]
         return [(Prefix(keys[one], values[one], visible[one]),) if one.start >= 0 else () for one in places]
+
+
+class _Joined:
+    """What the rows of a pass read, and the same as one. No dataclass, so that it stays whole when rows move."""
+
+    def __init__(self, own: list[tuple[Prefix, ...]]) -> None:
+        self.own, self.prefix = own, Prefix.of_rows(own)
 
 
 class PrefixContribution(Contribution, abc.ABC):
@@ -327,13 +336,19 @@ class PrefixedAttention:
                 shared = contribution.prefix(self)
             else:
                 shared, apart = self._settled(contribution, states, acts, current)
-            mine = [()] * rows if apart is None else apart.each()
+            mine = [()] * rows if apart is None else apart.each
             behind = () if shared is None else (shared,)
             own = [
                 (*parts, *first, *behind) if here else parts
                 for parts, first, here in zip(own, mine, acts.tolist(), strict=True)
             ]
-        return Prefix.of_rows(own)
+        if current is None:
+            return Prefix.of_rows(own)
+        # Put together once, not again for every token that is written.
+        joined = current.store.decided.get(self)
+        if joined is None or joined.own != own:
+            joined = current.store.decided[self] = _Joined(own)
+        return joined.prefix
 
     def _settled(
         self, contribution: PrefixContribution, states: Tensor, acts: Tensor, current: ForwardPass
