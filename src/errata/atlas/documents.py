@@ -10,7 +10,7 @@ measured on "validation" or "test" was never trained on.
 
 Names are dealt out before any comes again. Of "test", events do so after 15,485 documents and people after 146,583:
 its first 100,000 documents have 83,097 different names, 80,000 of people and 3,097 of events. Counted over
-the first 20,000 of them, a document of 3 or 4 facts is 18 to 63 of atlas's tokens long, five in six are 24 to 44;
+the first 20,000 of them, a document of 2 or 3 facts is 12 to 48 of atlas's tokens long, nine in ten are 17 to 36;
 nine answers in ten are one token.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["Document", "Question", "document", "documents"]
 
 _PARTS = {"training": range(65), "validation": range(65, 75), "test": range(75, 100)}  # per cent of last names
 _EVENTS_ONE_IN = 5  # documents; there are far fewer names for events than for people
-_FACTS = (3, 4)  # of a segment, where no number is asked for
+_FACTS = (2, 3)  # of a segment, where no number is asked for
 _LONGEST_NAME = 12  # letters; every sentence repeats it
 _KINDS = (
     "Award",
@@ -358,7 +358,9 @@ def _names(part: str) -> tuple[_Names, _Names]:
     return dealt("people", first, mine), dealt("events", mine, _KINDS)
 
 
-def document(number: int, *, part: str = "training", facts: int | None = None, segments: int = 1) -> Document:
+def document(
+    number: int, *, part: str = "training", facts: int | None = None, segments: int = 1, alike: int = 1
+) -> Document:
     """Document `number` of a part: the same one for the same arguments, on every machine.
 
     Its name depends on the number and the part only. Fewer facts are the beginning of more, and as many
@@ -366,12 +368,14 @@ def document(number: int, *, part: str = "training", facts: int | None = None, s
 
     Args:
         part: "training", "validation" or "test"; no name of one occurs in another.
-        facts: sentences; 3 or 4 for each segment where none is given, as far as there are relations.
+        facts: sentences; 2 or 3 for each segment where none is given, as far as there are relations.
         segments: into how many the facts are divided, as evenly as can be.
+        alike: how many documents in a row tell the same things of their subjects, so that nothing but the name says
+            which of them is asked about; 1 where each tells things of its own.
 
     Raises:
-        ConfigError: a number below 0, an unknown part, less than one fact or segment, more facts than there are
-            relations of one subject, or more segments than facts.
+        ConfigError: a number below 0, an unknown part, less than one fact, segment or document alike, more facts
+            than there are relations of one subject, or more segments than facts.
     """
     people, events = _relations()
     most = min(len(people), len(events))
@@ -386,6 +390,8 @@ def document(number: int, *, part: str = "training", facts: int | None = None, s
             f"a document of {facts or f'at most {most}'} facts cannot have {segments} segments; "
             f"ask for 1 to {facts or most}, a fact for each"
         )
+    if alike < 1:
+        raise ConfigError(f"alike={alike} must be at least 1: documents in a row that tell the same things")
     # Which document of each block is about an event is drawn: who reads each fifth one must not miss them all.
     block, place = divmod(number, _EVENTS_ONE_IN)
     of_event = _number("event", part, block) % _EVENTS_ONE_IN
@@ -400,7 +406,8 @@ def document(number: int, *, part: str = "training", facts: int | None = None, s
     sentences: list[str] = []
     questions: list[Question] = []
     used: set[str] = set()
-    for fact, told in enumerate(rng.sample(relations, len(relations))[: drawn if facts is None else facts]):
+    order = rng if alike == 1 else random.Random(f"documents {part} {alike} {number // alike}")
+    for fact, told in enumerate(order.sample(relations, len(relations))[: drawn if facts is None else facts]):
         answer = rng.choice(told.objects)
         while answer in used:  # of two sentences with one answer, either would do to answer both questions
             answer = rng.choice(told.objects)
@@ -417,7 +424,13 @@ def document(number: int, *, part: str = "training", facts: int | None = None, s
 
 
 def documents(
-    count: int, *, part: str = "training", start: int = 0, facts: int | None = None, segments: int = 1
+    count: int,
+    *,
+    part: str = "training",
+    start: int = 0,
+    facts: int | None = None,
+    segments: int = 1,
+    alike: int = 1,
 ) -> list[Document]:
     """`count` documents of a part from number `start` on; see `document`.
 
@@ -426,4 +439,5 @@ def documents(
     """
     if count < 0:
         raise ConfigError(f"{count} documents cannot be made; ask for 0 or more")
-    return [document(start + number, part=part, facts=facts, segments=segments) for number in range(count)]
+    numbers = range(start, start + count)
+    return [document(number, part=part, facts=facts, segments=segments, alike=alike) for number in numbers]
