@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,9 @@ import torch
 from errata.adapters import AutoAdapter, PoolAdapter
 from errata.adapters.pool import Pool
 from errata.editors.memoryllm import MemoryLLM
-from errata.editors.pool_training import (
-    Asked,
-    InventedTexts,
-    PoolLearning,
-    PoolTraining,
-    Reading,
-    ReadText,
-    TextData,
-    survivors,
-)
+from errata.editors.pool_stream import survivors
+from errata.editors.pool_texts import Asked, InventedTexts, Reading, ReadText, TextData
+from errata.editors.pool_training import PoolLearning, PoolTraining
 from errata.errors import ConfigError
 from errata.model import EditableModel
 from errata.progress import SilentProgress
@@ -110,17 +104,17 @@ def test_what_is_trained_is_what_an_editor_then_writes_and_reads(family: str) ->
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PARAGRAPHS[:2]]
     with torch.no_grad():
         nothing = torch.zeros(model.layer_count, 1, 4, model.anatomy.hidden_size)
-        first, _ = learning.compression.written(learning.network, nothing, torch.tensor([False]), ids[:1])
-        made, _ = learning.compression.written(learning.network, first, torch.tensor([True]), ids[1:])
+        first, _ = learning.passes.compression.written(learning.network, nothing, torch.tensor([False]), ids[:1])
+        made, _ = learning.passes.compression.written(learning.network, first, torch.tensor([True]), ids[1:])
         passage = model.passage("Where was Ann born?", "Rome.")
         with learning.network.learning(model, model.dtype):
-            logits, _, _ = learning._read(learning._prefixes(list(made)), [passage])
+            logits = learning.passes.read(learning.passes.prefixes(list(made)), [passage]).logits
     adapter = PoolAdapter.for_model(
         model, "", {}, slots=4, new=4, seed=0, network=learning.network, spacing=learning.spacing
     )
-    (own,) = learning.compression([adapter], ids[:1])
+    (own,) = learning.passes.compression([adapter], ids[:1])
     adapter.update(own, "a")
-    (own,) = learning.compression([adapter], ids[1:])
+    (own,) = learning.passes.compression([adapter], ids[1:])
     assert torch.allclose(own, made[:, 0], atol=1e-5)
     adapter.update(own, "b")
     base = model.forward(model.batch([passage])).logits
@@ -146,6 +140,57 @@ def test_a_step_may_ask_in_one_way_only(alone: float, asked: str, not_asked: str
     assert not_asked not in scores
 
 
+def test_streams_side_by_side_are_learned_from_like_one_after_the_other() -> None:
+    """On threads with copies of the model: the mean of both gradients, to the last bit whichever ends first."""
+    model = tiny_model("llama")
+    learning = PoolLearning(model, settings(model, streams=2, batch_size=3))
+    with torch.no_grad():
+        for left in learning.network.left:
+            left.normal_(std=0.02)
+    learning.optimizer()
+    both = Reading(reading().texts, (("The capital of France", "Paris."), ("The capital of Italy", "Rome.")))
+    assert [len(part) for part in both.parts(2)] == [3, 3]
+    found = []
+    for side_by_side in (True, True, False):
+        if not side_by_side:
+            learning._twins = [learning, learning]
+            monkeypatch = pytest.MonkeyPatch()
+            monkeypatch.setattr("errata.editors.pool_training.ThreadPoolExecutor", _OneAfterTheOther)
+        loss = learning.learn(both, random.Random(0))
+        found.append(
+            [torch.tensor(loss), *(p.grad.clone() for p in learning.network.parameters() if p.grad is not None)]
+        )
+    monkeypatch.undo()
+    for one, again, apart in zip(*found, strict=True):
+        assert torch.equal(one, again)
+        assert torch.allclose(one, apart, rtol=1e-3, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+class _OneAfterTheOther:
+    """In the place of a pool of threads."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> _OneAfterTheOther:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    map = staticmethod(map)
+
+
+def test_what_a_step_asks_and_reads_changes_as_training_goes_on() -> None:
+    model = tiny_model("llama")
+    config = settings(model, steps=100, alone=0.2, alone_first=0.8, batch_size=8, batch_size_first=4, streams=2)
+    assert [config.alone_at(step) for step in (0, 25, 99)] == pytest.approx([0.8, 0.2, 0.2])
+    data = InventedTexts(config)
+    assert [len(data.batch(step, config)) for step in (0, 74, 75, 99)] == [8, 8, 16, 16]
+    assert len(data.batch(0, config).others) == 2 * config.others
+
+
 def test_edits_are_read_in_training_as_they_are_injected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     data = InventedTexts(settings(model, edits=1.0))
@@ -157,7 +202,7 @@ def test_edits_are_read_in_training_as_they_are_injected(monkeypatch: pytest.Mon
     )
     editor._write(data._edits[:1], SilentProgress())
     (segment,) = data.batch(0, settings(model, edits=1.0)).texts[0].segments
-    assert injected == [PoolLearning(model, settings(model))._ids(segment)]
+    assert injected == [PoolLearning(model, settings(model)).passes.ids(segment)]
 
 
 def test_a_question_sees_its_own_text_and_as_many_others_as_are_drawn() -> None:
@@ -201,11 +246,43 @@ def test_a_run_is_gone_on_with_as_if_it_had_not_been_interrupted(tmp_path: Path)
     assert files[0] == files[1]
 
 
+def test_a_training_goes_on_from_another_ones_network(tmp_path: Path) -> None:
+    """Not as one that was interrupted: with steps, data and a learning rate of its own, and it says so."""
+    model = tiny_model("llama")
+    first = trained(model, tmp_path / "first", rank=3)
+    again = trained(model, tmp_path / "second", rank=3, begin_with=str(tmp_path / "first"), seed=1, steps=2)
+    digest = json.loads((tmp_path / "first" / "network.json").read_text())["digest"]
+    assert again["begun_with"]["digest"] == digest
+    assert again["begun_with"]["steps"] == first["steps"]
+    # The factors are kept in bfloat16.
+    learning = PoolLearning(model, settings(model, rank=3, begin_with=str(tmp_path / "first")))
+    data = TextData(PARAGRAPHS, "paragraphs", settings(model), piece=4)
+    assert learning.examine(data.validation)["loss"] == pytest.approx(first["validation"]["loss"], rel=1e-2)
+    third = trained(model, tmp_path / "third", rank=3, begin_with=str(tmp_path / "second"), steps=2)
+    assert third["begun_with"]["begun_with"]["digest"] == digest, "the whole chain is known"
+    with pytest.raises(ConfigError, match=r"has other sizes \(new=4\) than new=4 and rank=2"):
+        trained(model, tmp_path / "other", begin_with=str(tmp_path / "first"))
+
+
+def test_another_seed_reads_other_documents() -> None:
+    model = tiny_model("llama")
+    one, other = (settings(model, seed=seed, edits=0.0) for seed in (0, 1))
+    read = [
+        {text.segments for text in InventedTexts(own).batch(step, own).texts} for own in (one, other) for step in (0, 1)
+    ]
+    assert not read[0] & read[2]
+    assert not read[1] & read[3]
+
+
 def test_an_editor_takes_the_network_with_its_own_numbers(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    trained(model, tmp_path / "network")
+    trained(model, tmp_path / "network", spacing=0.25)
+    larger = MemoryLLM(model, network=str(tmp_path / "network"), slots=48)
+    assert larger.adapter.spacing == 0.25, "as it was trained, in a pool of another size too"
+    larger.adapter.detach()
     editor = MemoryLLM(model, network=str(tmp_path / "network"))
     assert (editor.adapter.pool.slots, editor.adapter.pool.new) == (24, 4)
+    assert editor.adapter.spacing == 0.25
     editor.inject({"a": PARAGRAPHS[0]})
     prompt = "Where was Ann born?"
     (said,) = model.generate([prompt], max_new_tokens=4)
@@ -252,6 +329,9 @@ def test_long_texts_come_with_the_curriculum_and_every_draw_repeats() -> None:
         ({"alone": 1.5}, "alone=1.5 is a share, from 0 to 1"),
         ({"warm": 6}, "batch_size=6 must be more than warm=6"),
         ({"rank": 0}, "must be at least 1"),
+        ({"streams": 0}, "must be at least 1"),
+        ({"alone_first": 2.0}, "alone_first=2.0 is a share, from 0 to 1"),
+        ({"batch_size_first": 2}, "batch_size_first=2 must be more than warm=2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], problem: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from errata.adapters import AutoAdapter, PoolAdapter
 from errata.edit import Edit
 from errata.editors.memoryllm import MemoryLLM, MemoryLLMConfig
-from errata.editors.pool_training import Asked, PoolTraining, Reading, ReadText, TextData
+from errata.editors.pool_texts import Asked, Reading, ReadText, TextData
+from errata.editors.pool_training import PoolTraining
 from errata.editors.retriever_training import MemoryTraining, RetrieverLearning, _loss
 from errata.editors.training import load_trained
 from errata.errors import ArtifactError, ConfigError
@@ -84,7 +85,7 @@ def second(model: EditableModel, first: str, tmp_path_factory: pytest.TempPathFa
 def test_gradients_reach_the_retriever_of_every_layer_and_nothing_else(model: EditableModel, first: str) -> None:
     learning = RetrieverLearning(model, settings(model, first))
     learning.optimizer()
-    network = learning._reader.network
+    network = learning._passes.network
     before = {name: own.clone() for name, own in network.state().items()}
     assert learning.learn(reading(), random.Random(0)) > 0
     for name, parameter in learning.network.named_parameters():
@@ -110,10 +111,10 @@ def test_scores_and_states_are_those_that_adapters_then_have(family: str, tmp_pa
     data = TextData(PARAGRAPHS, "paragraphs", config, piece=3)
     MemoryLLM.train(model, data, tmp_path / "first", config)
     learning = RetrieverLearning(model, settings(model, str(tmp_path / "first"), retrieved=4))
-    reader, text = learning._reader, reading(3)
+    passes, text = learning._passes, reading(3)
     rng = random.Random(1)
-    with torch.no_grad(), reader.network.acting(model):
-        made, _ = reader.stream(text, rng)
+    with torch.no_grad(), passes.network.acting(model):
+        made = passes.stream(text.texts, rng).made
         passages = [model.passage(prompt) for prompt in ("Where was Ann born?", "Zed", "The flute of Emma")]
         # A pool takes the stream, and says which slots it still has; noise stands where it was full before.
         adapter = pool_with(model, learning, made)
@@ -126,7 +127,7 @@ def test_scores_and_states_are_those_that_adapters_then_have(family: str, tmp_pa
                 numbers[layer, row] = int(same[0]) if len(same) else -1
         in_order = [numbers[layer, short.order[layer]] for layer in range(model.layer_count)]
         assert all(int(own.min()) >= 0 for own in in_order), "nothing older is left"
-        pool.short = reader.prefixes([pool.slots[layer, own].unsqueeze(0) for layer, own in enumerate(in_order)])
+        pool.short = passes.prefixes([pool.slots[layer, own].unsqueeze(0) for layer, own in enumerate(in_order)])
         every = torch.arange(pool.slots.shape[1])
         pool.stored = [every[~torch.isin(every, own)] for own in in_order]
         scores = learning._read(pool, passages, learning=False)

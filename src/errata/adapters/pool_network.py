@@ -143,6 +143,13 @@ class PoolNetwork(nn.Module):
             found |= {f"{_RETRIEVER}{name}": tensor for name, tensor in self.retriever.state().items()}
         return {name: tensor.detach() for name, tensor in found.items()}
 
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the numbers that another network's `state` gave, of the same layers and sizes."""
+        for name, own in self.state().items():
+            own.copy_(tensors[name])
+        self.version += 1
+
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor]) -> PoolNetwork:
         """The same one for the same numbers, as long as it is in use: pools that share a network share its merges.

@@ -29,7 +29,8 @@ from errata.edit import Edit
 from errata.editors.base import EditorConfig, Written
 from errata.editors.compression import Compression, Injected
 from errata.editors.memory import MemoryPart, reading
-from errata.editors.pool_training import InventedTexts, PoolLearning, PoolTraining, TextData
+from errata.editors.pool_texts import InventedTexts, TextData
+from errata.editors.pool_training import PoolLearning, PoolTraining
 from errata.editors.retriever_training import MemoryTraining, RetrieverLearning
 from errata.editors.training import TrainedEditor, Trainee, find_trained, load_trained
 from errata.errors import ConfigError, EditError
@@ -54,8 +55,8 @@ class MemoryLLMConfig(EditorConfig):
             network was trained with (untrained: K a sixteenth of the model's width, N = 30 K).
         chunk_tokens: longest piece of a text that is read in one update. None: 512, or what the model's positions leave
             behind K slots.
-        spacing: between the positions of neighbouring slots, in tokens. None: as the network was trained with that many
-            slots; else 1, or less where the slots would reach further than half of the positions that the model knows.
+        spacing: between the positions of neighbouring slots, in tokens. None: as the network was trained with, or less
+            where so many slots would reach further than half of the positions that the model knows.
         long_term: M, slots of each layer that are kept after they were dropped, in the computer's own memory (M+). It
             needs a network with a retriever. 0 for none: MemoryLLM.
         retrieved: R, how many of them each sequence reads, per layer. None: as the retriever was trained.
@@ -138,7 +139,10 @@ class MemoryLLM(TrainedEditor[MemoryLLMConfig]):
     def _new_adapter(self) -> PoolAdapter:
         config, (network, record) = self.config, self._network
         slots = config.slots or record["slots"]
-        spacing = record["spacing"] if config.spacing is None and slots == record["slots"] else config.spacing
+        spacing = config.spacing
+        if spacing is None:
+            known = default_spacing(self.model, slots)
+            spacing = record["spacing"] if slots == record["slots"] else min(record["spacing"], known)
         if config.long_term and network.retriever is None:
             raise ConfigError(
                 f"long_term={config.long_term} needs a network with a retriever, and this one has none; train one: "
@@ -179,9 +183,8 @@ class MemoryLLM(TrainedEditor[MemoryLLMConfig]):
 
     @classmethod
     def _stands_on(cls, model: EditableModel, config: PoolTraining) -> Mapping[str, Any]:
-        if isinstance(config, MemoryTraining) and config.retriever_of is not None:
-            return {"network": load_trained(Path(config.retriever_of), cls.name, model)[1]["digest"]}
-        return {}
+        folder = (config.retriever_of if isinstance(config, MemoryTraining) else None) or config.begin_with
+        return {} if folder is None else {"network": load_trained(Path(folder), cls.name, model)[1]["digest"]}
 
     def _prepare(self, progress: Progress) -> None:
         self._compression = Compression(self.model)

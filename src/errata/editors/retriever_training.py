@@ -16,6 +16,7 @@ paper trains retriever and model together; so the model here has not learned to 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,9 @@ from torch import Tensor
 from errata.adapters.pool_network import PoolNetwork
 from errata.adapters.pool_reading import retrieved_places, retrieved_spacing
 from errata.adapters.retriever import Retriever
-from errata.editors.compression import Compression
-from errata.editors.pool_training import PoolLearning, PoolTraining, Reading, StreamLearning, survivors
+from errata.editors.pool_stream import PoolPasses, survivors
+from errata.editors.pool_texts import Reading
+from errata.editors.pool_training import PoolTraining, StreamLearning
 from errata.editors.training import load_trained
 from errata.errors import ConfigError
 from errata.model import EditableModel
@@ -65,6 +67,8 @@ class MemoryTraining(PoolTraining):
         super().__post_init__()
         if self.retrieved is not None and self.retriever_of is None:
             raise ConfigError("retrieved belongs to the training of a retriever; give retriever_of=NETWORK too")
+        if self.retriever_of is not None and self.begin_with is not None:
+            raise ConfigError("begin_with belongs to the first stage; a retriever begins anew, on the network it is of")
         if self.retrieved is not None and self.retrieved < 1:
             raise ConfigError(f"retrieved={self.retrieved} must be at least 1")
 
@@ -93,23 +97,6 @@ class MemoryTraining(PoolTraining):
         """What the second stage does not have to say is left out: a run of the first can be gone on with."""
         record = super().to_record()
         return record if self.retriever_of else {n: value for n, value in record.items() if n not in _OF_SECOND}
-
-
-class _Reader(PoolLearning):
-    """The streams and pools of the first stage, made by a network that is not trained any more."""
-
-    def __init__(self, model: EditableModel, config: MemoryTraining, network: PoolNetwork, spacing: float) -> None:
-        self.model, self.config, self.network, self.spacing = model, config, network, spacing
-        self.compression = Compression(model)
-
-    def stream(self, reading: Reading, rng: random.Random) -> tuple[Tensor, dict[tuple[int, int], int]]:
-        """New tokens of all updates, [L, updates, K, d], and which update each text's segment is."""
-        found = self._stream(reading.texts, rng)
-        return found.made, found.number
-
-    def prefixes(self, states: Sequence[Tensor]) -> list[Prefix]:
-        """What is read of the slots of each block, [1, n, d]."""
-        return self._prefixes(states)
 
 
 @dataclass(frozen=True)
@@ -143,6 +130,7 @@ class RetrieverLearning(StreamLearning):
 
     def __init__(self, model: EditableModel, config: MemoryTraining) -> None:
         assert config.retriever_of is not None
+        super().__init__()
         tensors, self._record = load_trained(Path(config.retriever_of), _METHOD, model)
         self._tensors = {name: own for name, own in tensors.items() if not name.startswith("retriever ")}
         generator = torch.Generator().manual_seed(config.seed)
@@ -151,17 +139,25 @@ class RetrieverLearning(StreamLearning):
         slots, spacing = self._record["slots"], self._record["spacing"]
         self.retrieved = max(1, slots // 4) if config.retrieved is None else config.retrieved
         self.own_spacing = retrieved_spacing(model, slots, spacing, self.retrieved)
-        self._reader = _Reader(model, config, PoolNetwork.from_state(self._tensors).to(model.device), spacing)
+        network = PoolNetwork.from_state(self._tensors).to(model.device)
+        self._passes = PoolPasses(model, network, slots=slots, spacing=spacing, warm=config.warm)
+
+    def _twin(self) -> RetrieverLearning:
+        made = copy.copy(self)
+        made._passes = self._passes.twin()
+        made.model = made._passes.model
+        return made
 
     # --- a step -------------------------------------------------------------------------------------------------
 
     def _scores(self, reading: Reading, rng: random.Random) -> dict[str, Tensor]:
         """The loss; "recall", of stored slots of the answering segment the share that is retrieved; "chance", what
         that would be if slots were retrieved at random."""
-        learning, reader = torch.is_grad_enabled(), self._reader
+        learning, passes = torch.is_grad_enabled(), self._passes
         half = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.half)
-        with torch.no_grad(), half, reader.network.acting(self.model):
-            made, number = reader.stream(reading, rng)
+        with torch.no_grad(), half, passes.network.acting(self.model):
+            stream = passes.stream(reading.texts, rng)
+            made, number = stream.made, stream.number
             asked = self._asked(reading, number, rng)
             pool = self._pool(made, rng, learning)
             found = self._read(pool, [one.passage for one in asked], learning)
@@ -196,9 +192,9 @@ class RetrieverLearning(StreamLearning):
         """What becomes of new tokens, [L, updates, K, d], that come into a pool one after the other."""
         generator = torch.Generator().manual_seed(rng.randrange(2**62))
         left = survivors(made.shape[1], self._record["slots"], made.shape[2], len(made), generator)
-        slots, attentions = made.flatten(1, 2), self._reader.compression.attentions
+        slots, attentions = made.flatten(1, 2), self._passes.compression.attentions
         left = [kept.to(slots.device) for kept in left]
-        short = self._reader.prefixes([slots[layer, kept].unsqueeze(0) for layer, kept in enumerate(left)])
+        short = self._passes.prefixes([slots[layer, kept].unsqueeze(0) for layer, kept in enumerate(left)])
         every = torch.ones(len(left), slots.shape[1], dtype=torch.bool, device=slots.device)
         for layer, kept in enumerate(left):
             every[layer, kept] = False
@@ -227,11 +223,11 @@ class RetrieverLearning(StreamLearning):
                         scores = self.network.scores(layer, states.detach(), real.to(states.device), pool.keys[layer])
                     seen[layer].append(scores)
                     prefix = self._prefix(pool, layer, scores.detach())
-                    return args, self._reader.compression.attentions[layer].behind(prefix, states, kwargs)
+                    return args, self._passes.compression.attentions[layer].behind(prefix, states, kwargs)
 
                 return probe
 
-            paths = [attention.path for attention in self._reader.compression.attentions]
+            paths = [attention.path for attention in self._passes.compression.attentions]
             with probing(self.model.model, before={path: reading_of(layer) for layer, path in enumerate(paths)}):
                 self.model.trunk_states(batch)
         back = torch.tensor(order).argsort().to(pool.slots.device)
@@ -245,8 +241,8 @@ class RetrieverLearning(StreamLearning):
             return short
         best = scores[:, stored].topk(min(self.retrieved, len(stored)), dim=1).indices
         chosen = stored[best.sort(dim=1).values]
-        places = retrieved_places(self._record["slots"], self._reader.spacing, self.own_spacing, chosen.shape[1])
-        attention, network = self._reader.compression.attentions[layer], self._reader.network
+        places = retrieved_places(self._record["slots"], self._passes.spacing, self.own_spacing, chosen.shape[1])
+        attention, network = self._passes.compression.attentions[layer], self._passes.network
         found = Prefix(*attention.keys_and_values(pool.slots[layer][chosen], places.expand(chosen.shape), network))
         whole = Prefix.of_rows([(found.of(torch.tensor([row])), short) for row in range(len(chosen))])
         assert whole is not None
