@@ -108,8 +108,13 @@ def test_each_pool_reads_its_own_texts_and_answers_out_of_them(model: EditableMo
         assert pools.read(["The capital of France is Rome.", None, "Zed plays the flute."]) == [[1], [], [1]]
         assert pools.read(["Emma", "Paris was London.", None]) == [[2], [1], []]
         assert pools.slots_of([[2], [1], []]) == [3, 12, 0], "the first update fills a pool"
+        models = [adapter.model for adapter in pools.adapters]
+        assert models[0] is model
+        assert models[1] is models[2] is not model, "two threads read"
         said = [
-            model.generate(prompts, adapters=name, max_new_tokens=memory_pools.ANSWER_TOKENS) for name in pools.names
+            own.generate(prompts, adapters=name, max_new_tokens=memory_pools.ANSWER_TOKENS)
+            for own, name in zip(models, pools.names, strict=True)
+            if own is not None
         ]
         assert said[0] != said[1] != said[2] != said[0]
         own = [[Question(prompt, text, 0) for prompt, text in zip(prompts, texts, strict=True)] for texts in said]
@@ -237,7 +242,7 @@ def test_capacity_varies_the_pool_and_what_stands_in_an_update(
     run: Callable[..., StudyResult], updates: list[str], some_answers_are_right: None
 ) -> None:
     found = run("capacity", edits=2, settings=ANY_SIZE)
-    assert [(row["slots"], row["facts"]) for row in found.rows] == [(10, 4), (60, 2), (60, 4)]
+    assert [(row["slots"], row["facts"]) for row in found.rows] == [(10, 3), (60, 2), (60, 3)]
     assert [row["updates_held"] for row in found.rows] == [5, 30, 30]
     # Of two documents: pools filled once per size, then the document and two others for each number of facts.
     assert len(updates) == 2 * (5 + 3 + 30 + 2 * 3)

@@ -201,7 +201,7 @@ _STUDIES = (
     Study(
         "memoryllm-retention",
         "For how long does a memory answer for a text while it reads others?",
-        "128 documents, each asked about after up to 60 others; 12 minutes",
+        "128 documents, each asked about after up to 60 others; 4 minutes",
         "errata.studies.memory:retention",
     ),
     Study(

@@ -238,7 +238,7 @@ def _retention_figure(
 
 _MULTIPLES = (5, 10, 20, 30, 60)  # N / K
 _FACTS = (2, 3, 4, 6, 8, 12)
-_USUAL_FACTS = 4
+_USUAL_FACTS = 3
 _LATER = (0, 10, 20)
 
 
@@ -282,7 +282,8 @@ def capacity(bench: Workbench) -> StudyResult:
     bench.notes += [
         f"K = {one.new}, the slots that an update writes, is fixed by the trained network; how densely they are filled "
         "is varied by the facts of a document, which is one update as far as the model's positions allow it",
-        f"the network is trained for N = {one.slots}; in pools of other sizes slots have distances of their own",
+        f"the network is trained for N = {one.slots}; slots of larger pools stand closer where the model's positions "
+        "ask for it",
         f"size is varied with {_USUAL_FACTS} facts, facts with N = {one.slots}; fewer facts are the first of more",
         "without: asked in the same pools before they read the text; facts answered: per document, at once",
     ]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errata.atlas.documents import Document, document
-from errata.errors import ArtifactError, ConfigError, NumericsError
+from errata.errors import ArtifactError, ConfigError
 from errata.evaluation.figures import COLOURS, label_ends, styled_figure
 from errata.evaluation.metrics import wilson_interval
 from errata.evaluation.significance import trend
@@ -244,12 +244,7 @@ def _run(bench: Workbench, arm: Arm, rounds: int, every: int, folder: Path) -> d
         first, recent = state.round, max(1, _WINDOW // size)
         while state.round < rounds:
             own = texts.of_round(state.round)
-            made = pools.compression(pools.adapters, [ids for _, ids in own])
-            for adapter, tokens, (told, _) in zip(pools.adapters, made, own, strict=True):
-                try:
-                    adapter.update(tokens, told.name)
-                except NumericsError:
-                    state.refused += 1
+            state.refused += pools.update([(told.name, ids) for told, ids in own])
             state.round += 1
             if state.round % every == 0:
                 asked = [one.questions[(len(state.hits) + n) % len(one.questions)] for n, (one, _) in enumerate(own)]

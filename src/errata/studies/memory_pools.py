@@ -22,10 +22,12 @@ from errata.adapters.pool_network import PoolNetwork
 from errata.atlas.documents import Document, Question, document
 from errata.editors.compression import Compression
 from errata.editors.memoryllm import MemoryLLM, MemoryLLMConfig
+from errata.errors import NumericsError
 from errata.evaluation.metrics import answers_exactly, bootstrap_clusters, finite_or_none
 from errata.model import EditableModel
 from errata.model.sequences import AdapterNames
 from errata.studies.workbench import Arm, Workbench
+from errata.threads import side_by_side
 
 __all__ = [
     "ANSWER_TOKENS",
@@ -91,7 +93,11 @@ class Pools:
             )
             for number in range(count)
         ]
-        self.compression = Compression(bench.model)
+        # In halves, each on a copy of the model, so that two threads may read; the same halves on any machine.
+        halves = 2 if count > 1 and bench.model.device.type == "cpu" else 1
+        cuts = [count * half // halves for half in range(halves + 1)]
+        self._parts = [slice(*cut) for cut in itertools.pairwise(cuts)]
+        self._compressions = [Compression(bench.model if half == 0 else bench.model.copy()) for half in range(halves)]
 
     def without_store(self) -> Pools:
         """The same pools, of whose stores nothing is read."""
@@ -103,8 +109,9 @@ class Pools:
     def attached(self) -> Iterator[None]:
         """All of them on the model for a while, where each question chooses its own."""
         try:
-            for adapter, name in zip(self.adapters, self.names, strict=True):
-                adapter.attach(self.model, name)
+            for part, compression in zip(self._parts, self._compressions, strict=True):
+                for adapter, name in zip(self.adapters[part], self.names[part], strict=True):
+                    adapter.attach(compression.model, name)
             yield
         finally:
             for adapter in self.adapters:
@@ -121,18 +128,47 @@ class Pools:
         Args:
             chunks: of each text as many are read at most, a chunk in each update.
         """
-        own = [(adapter, text) for adapter, text in zip(self.adapters, texts, strict=True) if text is not None]
         before = [adapter.pool.updates for adapter in self.adapters]
         limit = None if chunks is None else chunks * self.chunk_tokens
-        ids = self.tokens([text for _, text in own])
-        named = [(text, its[:limit]) for (_, text), its in zip(own, ids, strict=True)]
-        self.compression.inject([adapter for adapter, _ in own], named, self.chunk_tokens)
+        reading = [number for number, text in enumerate(texts) if text is not None]
+        ids = dict(zip(reading, self.tokens([texts[number] or "" for number in reading]), strict=True))
+
+        def inject(part: slice, compression: Compression) -> None:
+            own = [number for number in range(len(texts))[part] if number in ids]
+            named = [(texts[number] or "", ids[number][:limit]) for number in own]
+            if own:
+                compression.inject([self.adapters[number] for number in own], named, self.chunk_tokens)
+
+        side_by_side(inject, self._parts, self._compressions)
         return [list(range(old + 1, one.pool.updates + 1)) for old, one in zip(before, self.adapters, strict=True)]
+
+    def update(self, texts: Sequence[tuple[str, Sequence[int]]]) -> int:
+        """Let each pool take a text of one update, a name and its tokens; returns how many were not finite.
+
+        A pool whose update is not stays as it was.
+        """
+
+        def take(part: slice, compression: Compression) -> int:
+            refused, adapters, own = 0, self.adapters[part], texts[part]
+            for adapter, made, (name, _) in zip(
+                adapters, compression(adapters, [ids for _, ids in own]), own, strict=True
+            ):
+                try:
+                    adapter.update(made, name)
+                except NumericsError:
+                    refused += 1
+            return refused
+
+        return sum(side_by_side(take, self._parts, self._compressions))
 
     def ask(self, questions: Sequence[Sequence[Question]]) -> Right:
         """Per pool, which of its questions are answered out of it."""
-        names = [name for name, own in zip(self.names, questions, strict=True) for _ in own]
-        return right_answers(self.model, questions, adapters=names)
+
+        def answer(part: slice, compression: Compression) -> Right:
+            names = [name for name, own in zip(self.names[part], questions[part], strict=True) for _ in own]
+            return right_answers(compression.model, questions[part], adapters=names)
+
+        return [own for half in side_by_side(answer, self._parts, self._compressions) for own in half]
 
     def slots_of(self, updates: Sequence[Sequence[int]]) -> list[float]:
         """Per pool, how many slots of each layer these updates of its own wrote and are still there, a mean."""
