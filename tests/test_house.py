@@ -20,7 +20,7 @@ SOURCE = Path(errata.__file__).parent
 # design: docs/architecture.md. `atlas` stands beside the house: any room may look into it.
 FLOORS = {
     "errors": 0,
-    "edit": 1, "progress": 1, "paths": 1,
+    "edit": 1, "progress": 1, "paths": 1, "threads": 1,
     "datasets": 2, "model": 2, "routing": 2,
     "adapters": 3, "unlearning": 3,
     "editors": 4,
