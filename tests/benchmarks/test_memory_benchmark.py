@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from errata.benchmarks import memory
+from errata.testing import tiny_model
 
 
 def test_a_small_run_has_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +24,10 @@ def test_a_small_run_has_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ratios"]["together_vs_one_by_one"] == (
         rows["pools", None]["one_by_one"] / rows["pools", None]["together"]
     )
+
+
+def test_the_pools_that_are_read_are_full() -> None:
+    model = tiny_model("llama")
+    adapter = memory._pool(model, 200, torch.Generator().manual_seed(0))
+    assert adapter.pool.counts.tolist() == [200] * model.layer_count
+    assert adapter.explain(["Ann"], model)[0].edit_id == "a text"

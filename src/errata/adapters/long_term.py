@@ -31,10 +31,10 @@ class Accounting:
     """Where all the slots are that were ever written, [L] each: written = short_term + stored + lost + forgotten.
 
     Attributes:
-        written: N by the first update, K by each later one.
-        short_term: in the pool; slots that were forgotten there have left copies of others in their places.
-        stored: in the long-term store; lost: dropped, and too old for the store.
-        forgotten: taken out of the store on request.
+        written: K by each update.
+        short_term: in the pool; stored: in the long-term store.
+        lost: dropped, and too old for the store, or there is none.
+        forgotten: taken out of either on request.
     """
 
     written: Tensor
@@ -57,7 +57,7 @@ class LongTermStore:
         order: [L, M], the rows from the oldest slot to the newest; before them those that hold nothing.
         born: [L, M], by row, the update that wrote it; 0 where a row holds nothing. places: [L, M], which of that
             update's tokens it is. On the CPU, like `order`.
-        lost, forgotten: [L], see `Accounting`.
+        forgotten: [L], slots that were taken out on request.
         version: grows with every change.
     """
 
@@ -82,7 +82,7 @@ class LongTermStore:
         self.keyed = torch.zeros(layers, slots, dtype=torch.bool)
         self.order = torch.arange(slots).repeat(layers, 1)
         self.born, self.places = (torch.zeros(layers, slots, dtype=torch.long) for _ in range(2))
-        self.lost, self.forgotten = torch.zeros(layers, dtype=torch.long), torch.zeros(layers, dtype=torch.long)
+        self.forgotten = torch.zeros(layers, dtype=torch.long)
         self.version += 1
 
     @property
@@ -113,7 +113,8 @@ class LongTermStore:
         """Keep slots that a pool dropped; the oldest of all are lost where there is no room.
 
         Args:
-            states: [L, n, d]; born, places: [L, n], the updates that wrote them, and which of their tokens they are.
+            states: [L, n, d]; born, places: [L, n], the updates that wrote them, and which of their tokens they are; a
+                slot that no update wrote takes no room.
         """
         layers, count = born.shape
         ages, by_age = (born * _LATER + places).sort(dim=1, stable=True)
@@ -125,7 +126,6 @@ class LongTermStore:
         merged[is_new] = self.slots + torch.arange(count).repeat(layers)
         gone, kept = merged[:, :count], merged[:, count:].contiguous()
         free, arrives = gone < self.slots, kept >= self.slots  # as many of each in every layer
-        self.lost += (~free).sum(dim=1) + (free & (self.born.gather(1, gone.clamp(max=self.slots - 1)) > 0)).sum(dim=1)
         layer, rows = arrives.nonzero()[:, 0], gone[free]
         number = by_age[layer, kept[arrives] - self.slots]
         kept[arrives] = rows
@@ -172,7 +172,7 @@ class LongTermStore:
         there, where = layers.to(self.states.device), rows.to(self.states.device)
         tensors = {"states": self.states[there, where], "keys": self.keys[there, where]}
         tensors |= {name: getattr(self, name)[layers, rows] for name in ("keyed", "born", "places")}
-        tensors |= {"lost": self.lost.clone(), "forgotten": self.forgotten.clone()}
+        tensors["forgotten"] = self.forgotten.clone()
         return tensors, {"slots": self.slots}
 
     @classmethod
@@ -191,4 +191,4 @@ class LongTermStore:
         for name in ("states", "keys", "keyed", "born", "places"):
             own: Tensor = getattr(self, name)
             own[:, :count] = tensors[name].to(own)
-        self.lost, self.forgotten = tensors["lost"].clone(), tensors["forgotten"].clone()
+        self.forgotten = tensors["forgotten"].clone()

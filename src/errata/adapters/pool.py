@@ -185,7 +185,7 @@ class PoolAdapter(Adapter):
                 text, "approximate", "its slots had all been dropped; what later texts took up from it stays"
             )
         if self.pool.forget(gone):
-            done = [f"its {left} slots hold copies of others now"] if left else []
+            done = [f"its {left} slots are empty now"] if left else []
             done += [f"its {stored} slots in the long-term store are gone"] if stored else []
             return RevertResult(
                 text,

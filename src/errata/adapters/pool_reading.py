@@ -90,7 +90,7 @@ class Retrieved(Prefix):
 
 
 class PoolLayer(PrefixContribution):
-    """One layer's slots, as its attention reads them: [b_l ; θ_l], the slots by rows of the pool.
+    """One layer's slots, as its attention reads them: [b_l ; θ_l], the slots by those rows of the pool that hold one.
 
     Attributes:
         network: that reads them.
@@ -115,6 +115,11 @@ class PoolLayer(PrefixContribution):
         # For a state of the store and the device: its rows by age, and their keys.
         self._held: tuple[tuple[int, torch.device], Tensor, Tensor] | None = None
 
+    @property
+    def held(self) -> Tensor:
+        """Which rows of the pool hold a slot, [N] bool."""
+        return self.pool.born[self.layer] > 0
+
     def prefix(self, attention: PrefixedAttention) -> Prefix | None:
         if self.pool.is_empty:
             return None
@@ -122,10 +127,10 @@ class PoolLayer(PrefixContribution):
         now = self.pool.version, parameter.device, parameter.dtype
         if self._read is None or self._read[0] != now:
             with torch.inference_mode(False), torch.no_grad():
-                states = self.pool.states[self.layer]
+                states = self.pool.states[self.layer][self.held.to(self.pool.states.device)]
                 beginning = self.network.beginning[self.layer].to(states)
                 states = torch.cat([beginning.unsqueeze(0), states]).unsqueeze(0)
-                slots = self.pool.positions()[self.layer]
+                slots = self.pool.positions()[self.layer, self.held]
                 places = self.spacing * torch.cat([torch.tensor([-self.pool.slots - 1]), slots])
                 keys, values = attention.keys_and_values(states, places.unsqueeze(0), self.network)
                 self._read = now, Prefix(keys, self._turned(values))
@@ -242,7 +247,7 @@ class Attended:
     @staticmethod
     def _by_age(pool: Pool, born: Tensor, shares: Tensor) -> dict[int, float]:
         by_update = torch.zeros(pool.updates + 1).scatter_add_(0, born, shares)
-        return {pool.updates - number: float(by_update[number]) for number in torch.unique(born).tolist()}
+        return {pool.updates - number: float(by_update[number]) for number in torch.unique(born).tolist() if number}
 
 
 def attended(
@@ -267,7 +272,9 @@ def attended(
         weights, count = output[1][:, :, -1].float().mean(dim=1).cpu(), born.shape[1]
         for row, found in enumerate(retrieved):
             found.append((born[row], weights[row, :count]))
-        shares.append(weights[:, count + 1 : count + 1 + layer.pool.slots])
+        read = weights.new_zeros(len(weights), layer.pool.slots)
+        read[:, layer.held] = weights[:, count + 1 : count + 1 + int(layer.held.sum())]
+        shares.append(read)
 
     config = model.model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, "eager"  # which says what it looked at

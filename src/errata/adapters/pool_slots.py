@@ -3,6 +3,9 @@
 The states lie in one preallocated tensor. A permutation says which row is which slot: dropping K slots frees their rows
 for the new ones, and no other state is moved. What is dropped may move to a long-term store (`adapters.long_term`).
 
+A pool begins with N slots that hold nothing. They are drawn and dropped like others, so that every update leaves
+1 − K/N of all that was written before, from the first one on; nobody reads them.
+
 Knows tensors and random draws. Knows no model.
 """
 
@@ -33,9 +36,10 @@ class Pool:
     Attributes:
         states: [L, N, d], rows in no order.
         order: [L, N], the rows from the oldest slot to the newest.
-        born: [L, N], by row, the update that wrote it, counted from 1; 0 while the pool is empty.
+        born: [L, N], by row, the update that wrote it, counted from 1; 0 where a row holds nothing.
         places: [L, N], by row, which of its update's tokens it is. Only a store asks for it.
         updates: how many there were.
+        forgotten: [L], slots that were taken out on request.
         texts: for each update of which a slot may be left, the text it came from.
         version: grows with every change.
 
@@ -69,6 +73,7 @@ class Pool:
         self.born, self.places = (torch.zeros(layers, slots, dtype=torch.long) for _ in range(2))
         seeds = torch.randint(2**62, (layers,), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.generators = [torch.Generator().manual_seed(one) for one in seeds]
+        self.forgotten = torch.zeros(layers, dtype=torch.long)
         self.updates = 0
         self.texts: dict[int, str] = {}
         self._kept_texts = 0
@@ -85,13 +90,19 @@ class Pool:
     def is_empty(self) -> bool:
         return self.updates == 0
 
+    @property
+    def counts(self) -> Tensor:
+        """How many slots each layer holds, [L]."""
+        return (self.born > 0).sum(dim=1)
+
     def survival(self, updates: int) -> float:
         """The probability that a slot is still there after so many updates, (1 − K/N)^t."""
         return float((1 - self.new / self.slots) ** updates)
 
     def newest(self) -> Tensor:
-        """The K newest slots in their order, [L, K, d]."""
-        rows = self.order[:, -self.new :]
+        """The K newest slots in their order, [L, K, d]; where a layer holds fewer, those again and again."""
+        held = self.counts.clamp(min=1, max=self.new).unsqueeze(1)
+        rows = self.order.gather(1, self.slots - held + (torch.arange(self.new) - self.new) % held)
         return self.states[self._layers(), rows.to(self.states.device)]
 
     def positions(self) -> Tensor:
@@ -105,10 +116,8 @@ class Pool:
     def update(self, tokens: Tensor, text: str) -> None:
         """Drop K slots of each layer, into the store if there is one, and append new ones.
 
-        The first update drops nothing and fills the pool with its tokens, repeated.
-
         Args:
-            tokens: [L, K, d], oldest first; the first update may bring fewer than K.
+            tokens: [L, K, d], oldest first; of fewer, as the first text of a pool may bring, K are made by repeating.
             text: where they come from, an edit's id or a document's name.
 
         Raises:
@@ -117,17 +126,14 @@ class Pool:
         if not bool(torch.isfinite(tokens).all()):
             raise NumericsError("the new memory tokens are not finite (NaN or infinity); load the model in bfloat16")
         tokens = tokens.to(self.states)
-        if self.is_empty:
-            rows, count = self.order, tokens.shape[1]
-            tokens = tokens[:, (torch.arange(self.slots) - self.slots) % count]  # so that the last ones stand last
-        else:
-            drawn = [torch.randperm(self.slots, generator=one)[: self.new] for one in self.generators]
-            kept = torch.ones_like(self.order, dtype=torch.bool).scatter_(1, torch.stack(drawn), False)
-            rows = self.order[~kept].view(len(drawn), self.new)
-            self.order = torch.cat([self.order[kept].view(len(drawn), -1), rows], dim=1)
-            if self.store is not None:
-                dropped = self.states[self._layers(), rows.to(self.states.device)]
-                self.store.take(dropped, self.born.gather(1, rows), self.places.gather(1, rows))
+        tokens = tokens[:, (torch.arange(self.new) - self.new) % tokens.shape[1]]  # the last ones last
+        drawn = [torch.randperm(self.slots, generator=one)[: self.new] for one in self.generators]
+        kept = torch.ones_like(self.order, dtype=torch.bool).scatter_(1, torch.stack(drawn), False)
+        rows = self.order[~kept].view(len(drawn), self.new)
+        self.order = torch.cat([self.order[kept].view(len(drawn), -1), rows], dim=1)
+        if self.store is not None:
+            dropped = self.states[self._layers(), rows.to(self.states.device)]
+            self.store.take(dropped, self.born.gather(1, rows), self.places.gather(1, rows))
         self.updates += 1
         self.states[self._layers(), rows.to(self.states.device)] = tokens
         self.born.scatter_(1, rows, self.updates)
@@ -159,34 +165,25 @@ class Pool:
 
     def accounting(self) -> Accounting:
         """Where all slots are that were ever written."""
-        nothing = torch.zeros(len(self.order), dtype=torch.long)
-        dropped = nothing + self.new * max(self.updates - 1, 0)
-        short = nothing + (0 if self.is_empty else self.slots)
-        if self.store is None:
-            return Accounting(dropped + short, short, nothing, dropped, nothing)
-        store = self.store
-        return Accounting(dropped + short, short, store.counts, store.lost.clone(), store.forgotten.clone())
+        written = torch.full_like(self.forgotten, self.new * self.updates)
+        stored, forgotten = torch.zeros_like(written), self.forgotten.clone()
+        if self.store is not None:
+            stored, forgotten = self.store.counts, forgotten + self.store.forgotten
+        return Accounting(written, self.counts, stored, written - self.counts - stored - forgotten, forgotten)
 
     def forget(self, updates: Sequence[int]) -> bool:
-        """Put copies of other slots, spread evenly over those there are, in the place of all that these updates wrote.
-
-        What they wrote is taken out of the store too.
+        """Hold nothing any more that these updates wrote, in the store neither.
 
         Returns:
             False if a layer holds nothing else: the pool is as it was.
         """
         gone = torch.isin(self.born, torch.tensor(updates, dtype=torch.long))
-        if bool(gone.all(dim=1).any()):
+        if bool((gone.sum(dim=1) == self.counts).any()):
             return False
-        for layer, rows in enumerate(self.order):
-            dead, alive = rows[gone[layer, rows]], rows[~gone[layer, rows]]
-            copied = alive[torch.arange(len(dead)) * len(alive) // max(len(dead), 1)]
-            states = self.states[layer]
-            states[dead.to(states.device)] = states[copied.to(states.device)]
-            for own in (self.born, self.places):
-                own[layer, dead] = own[layer, copied]
-            rows = torch.cat([alive, dead])
-            self.order[layer] = rows[self.born[layer, rows].argsort(stable=True)]
+        self.forgotten += gone.sum(dim=1)
+        self.born[gone] = self.places[gone] = 0
+        self.states[gone.to(self.states.device)] = 0
+        self.order = self.order.gather(1, (self.born.gather(1, self.order) > 0).long().argsort(dim=1, stable=True))
         if self.store is not None:
             self.store.forget(updates)
         self.texts = {number: name for number, name in self.texts.items() if number not in set(updates)}
@@ -195,7 +192,7 @@ class Pool:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of it as tensors and JSON."""
-        tensors = {"states": self.states, "order": self.order, "born": self.born}
+        tensors = {"states": self.states, "order": self.order, "born": self.born, "forgotten": self.forgotten}
         tensors["generators"] = torch.stack([one.get_state() for one in self.generators])
         texts = {str(number): name for number, name in self.texts.items()}
         state = {"new": self.new, "seed": self.seed, "updates": self.updates, "texts": texts}
@@ -215,7 +212,7 @@ class Pool:
     def put_back(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Hold what `state` gave of a pool of this size, and go on as that one would; nothing of it is shared."""
         self.states = tensors["states"].to(self.states.device, copy=True)
-        self.order, self.born = tensors["order"].clone(), tensors["born"].clone()
+        self.order, self.born, self.forgotten = (tensors[name].clone() for name in ("order", "born", "forgotten"))
         for one, its in zip(self.generators, tensors["generators"], strict=True):
             one.set_state(its.clone())  # which reads a tensor's storage from its beginning, so no view
         if self.store is not None:

@@ -49,10 +49,12 @@ def _ids(count: int, generator: torch.Generator) -> list[int]:
 
 
 def _pool(model: EditableModel, slots: int, generator: torch.Generator, seed: int = 0) -> PoolAdapter:
-    """A pool of random states."""
+    """A full pool of random states."""
     adapter = PoolAdapter.for_model(model, "", {}, slots=slots, new=_NEW, seed=seed)
-    states = torch.randn(model.layer_count, _NEW, model.anatomy.hidden_size, generator=generator)
-    adapter.update(states, "a text")
+    tensors, state = adapter.pool.state()
+    states = torch.randn(tensors["states"].shape, generator=generator)
+    full = {"states": states, "born": torch.ones_like(tensors["born"])}
+    adapter.pool.put_back({**tensors, **full}, {**state, "updates": 1, "texts": {"1": "a text"}})
     return adapter
 
 

@@ -5,8 +5,8 @@
                         θ_l ← [θ_l without K slots drawn at random ; e'_l]
 
 One forward pass, no gradient. What is rewritten, and how it is read: `adapters.pool`. Of a text shorter than K tokens
-the newest slots ask too, so that there are always K outputs. The first text of all finds no slots, and fills the pool
-with what it is compressed into, repeated. Long texts are cut into chunks, of which each is an update.
+the newest slots ask too, so that there are always K outputs. The first text of all finds no slots; if it is
+shorter, what it is compressed into is repeated. Long texts are cut into chunks, of which each is an update.
 
 An edit is injected as the statement that prompt and target make. How a model is trained: `editors.pool_training`.
 
