@@ -33,7 +33,7 @@ _TOGETHER, _READ_TOGETHER = 1024, 640  # tokens of one pass, of texts and of que
 def survivors(updates: int, slots: int, new: int, layers: int, generator: torch.Generator) -> list[Tensor]:
     """What is left of a pool's updates: per layer, numbers of new tokens (update · K + place), oldest first.
 
-    It was full of older slots before, which are left out.
+    It held nothing before.
     """
     left = []
     for _ in range(layers):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
+    from errata.edit import Edit
     from errata.editors.pool_training import PoolTraining
 
 __all__ = ["Asked", "InventedTexts", "ReadText", "Reading", "TextData"]
@@ -31,11 +32,13 @@ class Asked:
 
     Attributes:
         segment: number of the text's segment that says it.
+        ends: whether nothing more is to be said behind the answer.
     """
 
     prompt: str
     answer: str
     segment: int = 0
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Reading:
     """What a step reads, and is asked.
 
     Attributes:
-        others: prompts about other things and what follows there, to be said as without a pool; there may be none.
+        others: prompts about other things and what follows there, to be said, and to be ended, as without a pool; there
+            may be none.
         step: which it is, for what changes with the steps; None of one that nothing is learned from.
     """
 
@@ -140,26 +144,35 @@ class InventedTexts:
         self._edits = training_edits(_EDITS, seed=config.seed)
         self.size = config.steps * config.streams * config.batch_size
         texts = [_of_document(number, "validation", 1) for number in range(config.validation)]
-        self.validation = Reading(tuple(texts), self._others(random.Random("validation"), config.others))
+        self.validation = Reading(tuple(texts), tuple(self._others(random.Random("validation"), config.others)))
 
-    def _others(self, rng: random.Random, count: int) -> tuple[tuple[str, str], ...]:
-        """What atlas knows of subjects, or can do, that no edit which is measured is about."""
-        edits = rng.sample(self._edits, count)
-        return tuple((probe.prompt, f"{probe.answer}.") for edit in edits for probe in rng.sample(edit.locality, 1))
+    def _others(self, rng: random.Random, count: int, read: Sequence[Edit] = ()) -> list[tuple[str, str]]:
+        """What atlas knows of subjects, or can do, that no edit which is measured is about.
+
+        Args:
+            read: edits among the texts; what must stay beside them is asked first.
+        """
+        near = [(probe.prompt, f"{probe.answer}.") for edit in read for probe in edit.locality]
+        near = rng.sample(near, min(len(near), count))
+        edits = rng.sample(self._edits, count - len(near))
+        return near + [(probe.prompt, f"{probe.answer}.") for edit in edits for probe in rng.sample(edit.locality, 1)]
 
     def batch(self, step: int, config: PoolTraining) -> Reading:
         rng = random.Random(f"invented {config.seed} {step}")
-        texts, alike = [], config.batch_size if rng.random() < config.alike else 1
+        texts, alike = list[ReadText](), config.batch_size if rng.random() < config.alike else 1
+        read: list[list[Edit]] = [[] for _ in range(config.streams)]
         begin = config.seed * _OF_A_SEED + step * config.streams * config.batch_size
         for number in range(begin, begin + config.texts_at(step)):
             if rng.random() < config.edits:
                 edit = self._edits[number % len(self._edits)]
-                asked = [Asked(prompt, f"{edit.target}.") for prompt in (edit.prompt, *edit.rephrases)]
+                asked = [Asked(prompt, f"{edit.target}.", ends=True) for prompt in (edit.prompt, *edit.rephrases)]
                 # As `MemoryLLM` injects an edit: without a full stop.
+                read[len(texts) * config.streams // config.texts_at(step)].append(edit)
                 texts.append(ReadText((f"{edit.prompt} {edit.target}",), tuple(asked)))
             else:
                 texts.append(_of_document(number, "training", config.segments_of(step, rng), alike))
-        return Reading(tuple(texts), self._others(rng, config.streams * config.others), step)
+        others = [one for own in read for one in self._others(rng, config.others, own)]
+        return Reading(tuple(texts), tuple(others), step)
 
     def digest(self) -> str:
         content = "".join(edit.to_json() for edit in self._edits) + repr(self.validation)
@@ -176,6 +189,6 @@ def _of_document(number: int, part: str, segments: int, alike: int = 1) -> ReadT
     asked = []
     for question in found.questions:
         told, segment = found.sentences[question.fact], segment_of[question.fact]
-        asked.append(Asked(question.prompt, f"{question.answer}.", segment))
-        asked.append(Asked(told.removesuffix(f" {question.answer}."), f"{question.answer}.", segment))
+        prompts = question.prompt, told.removesuffix(f" {question.answer}.")
+        asked += [Asked(prompt, f"{question.answer}.", segment, ends=True) for prompt in prompts]
     return ReadText(found.segments, tuple(asked))

@@ -49,16 +49,17 @@ from errata.editors.pool_texts import Asked, Reading
 from errata.editors.training import TrainingConfig, load_trained
 from errata.errors import ConfigError
 from errata.model import EditableModel
+from errata.model.generation import end_token
 from errata.model.tokens import Passage
 from errata.progress import Progress
 from errata.threads import side_by_side
 
-__all__ = ["PoolLearning", "PoolTraining", "StreamLearning"]
+__all__ = ["OF_BEFORE", "PoolLearning", "PoolTraining", "StreamLearning"]
 
 Found = TypeVar("Found")
 
 _RISING = 100  # steps
-_OF_BEFORE = ("digest", "command", "data", "steps", "validation", "begun_with")  # of a network that is gone on with
+OF_BEFORE = ("digest", "command", "data", "steps", "validation", "begun_with")  # of a network that is gone on with
 _LEAST = 1e-4  # beside a share whose logarithm is taken
 
 _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
@@ -74,6 +75,7 @@ _PUBLISHED: dict[tuple[str, int, int], dict[str, Any]] = {
         "warm": 3,
         "questions": 6,
         "others": 4,
+        "look": 2.0,
         "learning_rate": 1e-3,
         "steps": 2000,
         "long": 0.1,
@@ -109,7 +111,7 @@ class PoolTraining(TrainingConfig):
         alike: share of steps whose documents all tell the same things of their subjects: an answer can only be found by
             the name, among as many as the pool holds texts.
         others: prompts about other things in a step; keep: c, the weight of their term.
-        look: weight of the term that teaches to look for the text that answers, see above.
+        look: λ, the weight of the term that teaches to look for the text that answers, where a prompt names it.
         warm: texts of a step on top of whose new tokens the others are read.
         edits: share of texts that are the statement of one edit, where edits are at hand.
         half: make passes in bfloat16; the network itself stays in float32.
@@ -135,7 +137,7 @@ class PoolTraining(TrainingConfig):
     alike: float = 0.7
     others: int = 16
     keep: float = 1.0
-    look: float = 2.0
+    look: float = 0.0
     warm: int = 8
     edits: float = 0.2
     half: bool = True
@@ -291,7 +293,7 @@ class PoolLearning(StreamLearning):
                     f"and rank={config.rank}; give those it was trained with"
                 )
             self.network.load(own)
-            self._before = {name: record[name] for name in _OF_BEFORE if name in record}
+            self._before = {name: record[name] for name in OF_BEFORE if name in record}
             spacing = min(spacing, record["spacing"])
         self.spacing = spacing if config.spacing is None else config.spacing
         self.passes = PoolPasses(model, self.network, slots=config.slots, spacing=self.spacing, warm=config.warm)
@@ -305,13 +307,20 @@ class PoolLearning(StreamLearning):
     # --- a step -------------------------------------------------------------------------------------------------
 
     def _passage(self, asked: Asked) -> Passage:
-        return self.model.passage(asked.prompt, asked.answer)
+        return (
+            self._ending(asked.prompt, asked.answer) if asked.ends else self.model.passage(asked.prompt, asked.answer)
+        )
+
+    def _ending(self, prompt: str, answer: str) -> Passage:
+        """With the token behind the answer that says that it ends, if the model has one."""
+        made, end = self.model.passage(prompt, answer), end_token(self.model)
+        return made if end is None else Passage(made.prompt, (*made.answer, end))
 
     def _scores(self, reading: Reading, rng: random.Random) -> dict[str, Tensor]:
         """The loss; "alone" and "pool", the shares of questions whose answer is the first choice at every place, with
         the text's own tokens and with all; "kept", the share of places of other things whose first choice stayed."""
         config, model = self.config, self.model
-        beside = [model.passage(prompt, answer) for prompt, answer in reading.others]
+        beside = [self._ending(prompt, answer) for prompt, answer in reading.others]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=config.half):
             before = self._said_without(beside) if beside else None
             with self.network.learning(model, torch.bfloat16 if config.half else model.dtype):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from errata.adapters.pool_reading import retrieved_places, retrieved_spacing
 from errata.adapters.retriever import Retriever
 from errata.editors.pool_stream import PoolPasses, survivors
 from errata.editors.pool_texts import Reading
-from errata.editors.pool_training import PoolTraining, StreamLearning
+from errata.editors.pool_training import OF_BEFORE, PoolTraining, StreamLearning
 from errata.editors.training import load_trained
 from errata.errors import ConfigError
 from errata.model import EditableModel
@@ -48,6 +49,15 @@ _TOGETHER = 1024  # tokens of one pass
 _LEAST = 1e-6  # beside a probability whose logarithm is taken
 _OF_SECOND = ("retriever_of", "retrieved")
 _OF_NETWORK = ("slots", "new", "spacing")
+_SECOND = {  # tried on atlas
+    "steps": 600,
+    "batch_size_first": None,
+    "questions": 2,
+    "learning_rate": 3e-3,
+    "validate_every": 50,
+    "patience": 10,
+}
+_TIMES_HELD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +84,9 @@ class MemoryTraining(PoolTraining):
 
     @classmethod
     def for_model(cls, model: EditableModel, **overrides: Any) -> Self:
-        """As `EditorConfig.for_model`; the second stage is shorter, and of the size of the network that is given.
+        """As `EditorConfig.for_model`; the second stage has settings of its own and the size of the network given.
+
+        A stream is three times as long as what a pool holds, N/K updates, so that most of what is asked for is stored.
 
         Raises:
             ArtifactError, BaseMismatchError: there is no such network for this model.
@@ -89,7 +101,9 @@ class MemoryTraining(PoolTraining):
                 raise ConfigError(
                     f"{name}={overrides[name]}, but the network in {folder} has {name}={size}; leave it out"
                 )
-        made = super().for_model(model, **{**sizes, "steps": 1000, "validate_every": 50, "patience": 10, **overrides})
+        texts = max(math.ceil(_TIMES_HELD * record["slots"] / record["new"]), overrides.get("warm", cls.warm) + 1)
+        of_streams = {"batch_size": texts, "validation": 2 * texts}
+        made = super().for_model(model, **{**sizes, **_SECOND, **of_streams, **overrides})
         source = f"{', '.join(_OF_NETWORK)}: as the network has; given: {', '.join(sorted(overrides))}"
         return dataclasses.replace(made, source=source)
 
@@ -253,7 +267,7 @@ class RetrieverLearning(StreamLearning):
         factors = ("left", "right")  # which were kept in bfloat16, so that nothing is lost
         tensors = {n: own.bfloat16() if n.startswith(factors) else own for n, own in self._tensors.items()}
         tensors |= {f"retriever {name}": own for name, own in self.network.state().items()}
-        before = {n: self._record[n] for n in ("digest", "data", "steps", "validation") if n in self._record}
+        before = {name: self._record[name] for name in OF_BEFORE if name in self._record}
         sizes = {name: self._record[name] for name in _OF_NETWORK}
         return tensors, {**sizes, "retrieved": self.retrieved, "first_stage": before}
 

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 _FEW = 8  # tokens within which most answers end
 
-__all__ = ["Written", "beginning_token", "continued", "greedy", "plain_generation", "sample", "stop_tokens", "write"]
+__all__ = [
+    "Written",
+    "beginning_token",
+    "continued",
+    "end_token",
+    "greedy",
+    "plain_generation",
+    "sample",
+    "stop_tokens",
+    "write",
+]
 
 
 @contextmanager
@@ -46,13 +56,22 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 def stop_tokens(model: EditableModel) -> tuple[int, ...]:
     """Ids at which an answer ends: the model's end tokens, and every token that contains a line break."""
     tokenizer = model.tokenizer
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return tuple(sorted({*_ends(model), *(i for i, piece in enumerate(pieces) if "\n" in piece)}))
+
+
+def end_token(model: EditableModel) -> int | None:
+    """The id that a model writes where its answer ends; None where it has none."""
+    own, ends = model.tokenizer.eos_token_id, _ends(model)
+    return own if own in ends else next(iter(ends), None)
+
+
+def _ends(model: EditableModel) -> list[int]:
+    """Ids that are configured to end an answer."""
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     if configured is None:
-        configured = tokenizer.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [configured])
-    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    ends |= {i for i, piece in enumerate(pieces) if "\n" in piece}
-    return tuple(sorted(i for i in ends if i is not None))
+        configured = model.tokenizer.eos_token_id
+    return [int(i) for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
 
 
 @torch.no_grad()
