@@ -107,7 +107,7 @@ def test_each_pool_reads_its_own_texts_and_answers_out_of_them(model: EditableMo
     with pools.attached():
         assert pools.read(["The capital of France is Rome.", None, "Zed plays the flute."]) == [[1], [], [1]]
         assert pools.read(["Emma", "Paris was London.", None]) == [[2], [1], []]
-        assert pools.slots_of([[2], [1], []]) == [3, 12, 0], "the first update fills a pool"
+        assert pools.slots_of([[2], [1], []]) == [3, 3, 0]
         models = [adapter.model for adapter in pools.adapters]
         assert models[0] is model
         assert models[1] is models[2] is not model, "two threads read"
@@ -469,6 +469,7 @@ def test_integrity_watches_the_slots_and_asks_about_the_newest_text(
     assert last["norm_2"] == pytest.approx(float(states[:, 2].norm(dim=-1).mean()), rel=1e-5)
     assert last["largest_norm"] == pytest.approx(float(states.norm(dim=-1).max()), rel=1e-5)
     assert (last["updates"], last["updates_per_pool"], last["finite"]) == (120, 40, 1.0)
+    assert found.rows[0]["mean_norm"] == pytest.approx(last["mean_norm"], rel=0.5), "empty slots have no say"
     assert "no decline is seen" in found.found
     with pytest.raises(ConfigError, match="give at least 9"):
         run("integrity", settings=LONG, edits=8)
@@ -481,7 +482,7 @@ def test_a_million_updates_are_asked_about_more_than_twenty_thousand_times(
 
     def planned(bench: Any, arm: Any, rounds: int, every: int, folder: Path) -> dict[str, Any]:
         seen.append((rounds, every))
-        hits = [6 + (at % 3) - 1 for at in range(rounds // every)]
+        hits = [12 + (at % 3) - 1 for at in range(rounds // every)]
         looks = [
             {"round": rounds * part // 20, "norms": [1.0] * 4, "largest": 2.0, "finite": 1.0} for part in range(1, 21)
         ]
@@ -489,10 +490,10 @@ def test_a_million_updates_are_asked_about_more_than_twenty_thousand_times(
 
     monkeypatch.setattr(memory_long, "_run", planned)
     found = run("integrity", quick=False)
-    assert seen == [(125_000, 40)]
-    assert found.numbers["pools"] == 8
+    assert seen == [(62_500, 40)]
+    assert found.numbers["pools"] == 16
     assert 24_900 < found.numbers["questions"] <= 25_000, "but for those of young pools"
-    assert found.numbers["accuracy"] == pytest.approx(6 / 8, abs=1e-3)
+    assert found.numbers["accuracy"] == pytest.approx(12 / 16, abs=1e-3)
 
 
 def test_updates_that_are_not_finite_are_counted_and_the_run_goes_on(

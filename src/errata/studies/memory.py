@@ -140,7 +140,7 @@ def retention(bench: Workbench) -> StudyResult:
     )
     bench.notes += [
         f"N = {found['slots']} slots per layer, K = {found['new']} per update; each document came into a pool that "
-        f"{found['filled']} other texts had filled, and each later text is one update",
+        f"had read {found['filled']} other texts, and each later text is one update",
         "theory: (a_1 − a_b)(1 − K/N)^t + a_b, with a_1 measured right after the text was read and a_b in the same "
         "pool before it was read; above theory is measured minus theory, its interval over documents",
         "slots left: of those that the text wrote, a mean over layers and pools",
@@ -340,7 +340,7 @@ def _capacity_figure(
     title: str,
 ) -> Figure:
     figure, (sizes, facts) = styled_figure(11.6, 4.2, 1, 2)
-    sizes.set(xlabel="size of the pool, in updates that fill it (N / K)", xscale="log")
+    sizes.set(xlabel="size of the pool, in updates that it has room for (N / K)", xscale="log")
     sizes.set_title(f"documents of {_USUAL_FACTS} facts", fontsize=10)
     facts.set(xlabel=f"facts of the document, in {new} slots per layer")
     facts.set_title(f"a pool of {by_facts[0]['updates_held']:g} updates", fontsize=10)

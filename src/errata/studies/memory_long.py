@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["integrity"]
 
 _UPDATES = 1_000_000
-_POOLS = 8
+_POOLS = 16
 _QUESTIONS = 25_000  # on the way
 _EVERY = 4  # updates of a pool from one question to the next, at least where there are enough
 _CHECKPOINTS = 20
@@ -221,13 +221,14 @@ class _State:
     def look(self) -> None:
         """Take a checkpoint: how large the slots are in each layer, and whether all are numbers."""
         states = torch.stack([adapter.pool.states for adapter in self.pools.adapters]).float()  # [pools, L, N, d]
-        norms = states.norm(dim=-1)
+        held = torch.stack([adapter.pool.born > 0 for adapter in self.pools.adapters]).to(states.device)
+        norms = states.norm(dim=-1) * held
         self.checkpoints.append(
             {
                 "round": self.round,
-                "norms": norms.mean(dim=(0, 2)).tolist(),
+                "norms": (norms.sum(dim=(0, 2)) / held.sum(dim=(0, 2))).tolist(),
                 "largest": float(norms.max()),
-                "finite": float(states.isfinite().float().mean()),
+                "finite": float(states[held].isfinite().float().mean()),
             }
         )
 

@@ -228,8 +228,8 @@ def other_documents(bench: Workbench, stream: int, beside: str) -> Iterator[Docu
 
 
 def updates_to_fill(bench: Workbench, pools: Pools) -> int:
-    """Updates after which a pool is as it stays: of what filled it first, e⁻² is left (e⁻¹ where it is to be quick)."""
-    return math.ceil((1 if bench.options.quick else 2) * pools.slots / pools.new)
+    """Updates after which a pool is nearly full: e⁻³, 5 %, of its slots hold nothing (e⁻¹ where it is to be quick)."""
+    return math.ceil((1 if bench.options.quick else 3) * pools.slots / pools.new)
 
 
 def groups(count: int, size: int) -> list[range]:

@@ -101,8 +101,8 @@ def long_term(bench: Workbench) -> StudyResult:
     )
     bench.notes += [
         f"N = {one.slots} slots per layer, K = {one.new} per update, M = {found['long_term']} stored, R = "
-        f"{found['retrieved']} retrieved; both ways ask the same pools, each filled by {found['filled']} other texts "
-        "before its document came; each later text is one update",
+        f"{found['retrieved']} retrieved; both ways ask the same pools, each of which had read {found['filled']} other "
+        "texts before its document came; each later text is one update",
         "gain: with the store minus without, its interval over documents",
         "recall: of the document's slots in the store, the share that a question retrieves, over questions and layers; "
         "chance: R of the slots that a layer stores, drawn at random; none at 0, where nothing of it is stored",
