@@ -137,9 +137,12 @@ def atlas() -> EditableModel:
 def test_the_shipped_checkpoint_fits_and_states_where_it_is_from() -> None:
     folder = checkpoint_folder()
     sizes = {file.relative_to(folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    trained = {path: size for path, size in sizes.items() if path.parts[0] == "mend"}  # a method's, not the model's
-    assert sum(sizes.values()) - sum(trained.values()) < 25 * 2**20
-    assert 0 < sum(trained.values()) < 5e6
+    own = {  # of methods, not of the model
+        method: sum(size for path, size in sizes.items() if path.parts[0] == method) for method in ("mend", "memoryllm")
+    }
+    assert sum(sizes.values()) - sum(own.values()) < 25 * 2**20
+    assert 0 < own["mend"] < 5e6
+    assert 0 < own["memoryllm"] < 15e6
     provenance = shipped_provenance()
     assert provenance["command"].startswith("errata atlas train")
     assert provenance["plan"]["size"] == "base"
