@@ -58,16 +58,20 @@ def test_what_survives_a_stream_is_what_a_pool_would_hold() -> None:
     slots, new, updates = 20, 4, 8
     counts = torch.zeros(updates)
     for seed in range(200):
-        (left,) = survivors(updates, slots, new, 1, torch.Generator().manual_seed(seed))
+        (left,) = survivors(updates, slots, new, 1, seed)
         assert left.tolist() == sorted(left.tolist())
         counts += torch.bincount(left // new, minlength=updates)
     expected = torch.tensor([new * (1 - new / slots) ** (updates - 1 - update) for update in range(updates)])
     assert torch.allclose(counts / 200, expected, atol=0.25)
     assert counts[-1] == 200 * new, "nothing was dropped after the last one"
-    pool = Pool(1, slots, new, 1, 0)
-    for _ in range(updates):
-        pool.update(torch.zeros(1, new, 1), "")
-    assert int(pool.counts.sum()) == pytest.approx(int(expected.sum()), abs=4)
+    pool = Pool(2, slots, new, 1, 5)
+    for update in range(updates):
+        numbers = torch.arange(update * new, (update + 1) * new, dtype=torch.float32)
+        pool.update(numbers.view(1, -1, 1).expand(2, -1, -1), "")
+    for layer, left in enumerate(survivors(updates, slots, new, 2, 5)):
+        held = pool.states[layer, pool.order[layer]][pool.born[layer, pool.order[layer]] > 0]
+        assert held.flatten().tolist() == left.tolist(), "slot by slot"
+    assert int(pool.counts.sum()) == pytest.approx(2 * int(expected.sum()), abs=8)
 
 
 def reading() -> Reading:

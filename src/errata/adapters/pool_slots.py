@@ -20,7 +20,7 @@ from torch import Tensor
 from errata.adapters.long_term import Accounting, LongTermStore
 from errata.errors import ConfigError, NumericsError
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "last_ones"]
 
 _STORED = "stored "  # what the tensors of the store begin with
 
@@ -102,7 +102,7 @@ class Pool:
     def newest(self) -> Tensor:
         """The K newest slots in their order, [L, K, d]; where a layer holds fewer, those again and again."""
         held = self.counts.clamp(min=1, max=self.new).unsqueeze(1)
-        rows = self.order.gather(1, self.slots - held + (torch.arange(self.new) - self.new) % held)
+        rows = self.order.gather(1, self.slots - held + last_ones(self.new, held))
         return self.states[self._layers(), rows.to(self.states.device)]
 
     def positions(self) -> Tensor:
@@ -126,7 +126,7 @@ class Pool:
         if not bool(torch.isfinite(tokens).all()):
             raise NumericsError("the new memory tokens are not finite (NaN or infinity); load the model in bfloat16")
         tokens = tokens.to(self.states)
-        tokens = tokens[:, (torch.arange(self.new) - self.new) % tokens.shape[1]]  # the last ones last
+        tokens = tokens[:, last_ones(self.new, tokens.shape[1])]
         drawn = [torch.randperm(self.slots, generator=one)[: self.new] for one in self.generators]
         kept = torch.ones_like(self.order, dtype=torch.bool).scatter_(1, torch.stack(drawn), False)
         rows = self.order[~kept].view(len(drawn), self.new)
@@ -222,6 +222,15 @@ class Pool:
         self.texts = {int(number): name for number, name in state["texts"].items()}
         self._kept_texts = 0
         self.version += 1
+
+
+def last_ones(wanted: int, count: int | Tensor) -> Tensor:
+    """Numbers of the last `wanted` of `count` things, the very last one last; of fewer, all again and again.
+
+    Args:
+        count: one number, or [..., 1] for as many rows of what is returned, [..., wanted].
+    """
+    return (torch.arange(wanted) - wanted) % count
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

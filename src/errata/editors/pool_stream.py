@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from errata.adapters.pool_network import PoolNetwork
+from errata.adapters.pool_slots import Pool, last_ones
 from errata.editors.compression import Compression
 from errata.editors.pool_texts import ReadText
 from errata.model import EditableModel
@@ -30,20 +31,16 @@ __all__ = ["Answers", "PoolPasses", "Stream", "survivors"]
 _TOGETHER, _READ_TOGETHER = 1024, 640  # tokens of one pass, of texts and of questions
 
 
-def survivors(updates: int, slots: int, new: int, layers: int, generator: torch.Generator) -> list[Tensor]:
+def survivors(updates: int, slots: int, new: int, layers: int, seed: int) -> list[Tensor]:
     """What is left of a pool's updates: per layer, numbers of new tokens (update · K + place), oldest first.
 
-    It held nothing before.
+    A pool that holds no states says it, so that the same slots are dropped as in use.
     """
-    left = []
-    for _ in range(layers):
-        order = torch.full((slots,), -1)
-        for update in range(updates):
-            kept = torch.ones(slots, dtype=torch.bool)
-            kept[torch.randperm(slots, generator=generator)[:new]] = False
-            order = torch.cat([order[kept], torch.arange(update * new, (update + 1) * new)])
-        left.append(order[order >= 0])
-    return left
+    pool = Pool(layers, slots, new, 0, seed)
+    for _ in range(updates):
+        pool.update(torch.zeros(layers, new, 0), "")
+    numbers = ((pool.born - 1) * new + pool.places).gather(1, pool.order)
+    return [row[row >= 0] for row in numbers]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class PoolPasses:
             )
             width, (layers, _, _, hidden) = first.shape[2], first.shape
             held = counts.clamp(max=width).unsqueeze(1)
-            tiled = width - held + (torch.arange(network.new) - network.new) % held  # as the first update of a pool
+            tiled = width - held + last_ones(network.new, held)  # as the first update of a pool
             first = first.gather(2, tiled.to(first.device)[None, :, :, None].expand(layers, -1, -1, hidden))
         below = first[:, [rng.randrange(len(warm)) for _ in texts]]
         pieces: dict[tuple[int, int], Tensor] = {}

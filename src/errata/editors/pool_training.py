@@ -348,7 +348,7 @@ class PoolLearning(StreamLearning):
         for number, text in enumerate(texts):
             for asked in rng.sample(text.asked, min(config.questions, len(text.asked))):
                 (alone if rng.random() < by_itself else pooled).append((stream.number[number, asked.segment], asked))
-        generator = torch.Generator().manual_seed(rng.randrange(2**62))
+        seed = rng.randrange(2**62)
         losses, right = [], {}
         if alone:
             used = sorted({number for number, _ in alone})
@@ -359,7 +359,7 @@ class PoolLearning(StreamLearning):
             losses.append(_per_row(said.logits, said.labels, said.rows, len(alone)))
             right["alone"] = _all_right(said.logits, said.labels, said.rows, len(alone))
         if pooled or beside:
-            left = survivors(updates, config.slots, config.new, model.layer_count, generator)
+            left = survivors(updates, config.slots, config.new, model.layer_count, seed)
             flat = stream.made.flatten(1, 2)
             kept_of = [flat[layer, kept.to(flat.device)].unsqueeze(0) for layer, kept in enumerate(left)]
             whole = self.passes.prefixes(kept_of)

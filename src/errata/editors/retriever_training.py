@@ -204,8 +204,7 @@ class RetrieverLearning(StreamLearning):
 
     def _pool(self, made: Tensor, rng: random.Random, learning: bool) -> _Pool:
         """What becomes of new tokens, [L, updates, K, d], that come into a pool one after the other."""
-        generator = torch.Generator().manual_seed(rng.randrange(2**62))
-        left = survivors(made.shape[1], self._record["slots"], made.shape[2], len(made), generator)
+        left = survivors(made.shape[1], self._record["slots"], made.shape[2], len(made), rng.randrange(2**62))
         slots, attentions = made.flatten(1, 2), self._passes.compression.attentions
         left = [kept.to(slots.device) for kept in left]
         short = self._passes.prefixes([slots[layer, kept].unsqueeze(0) for layer, kept in enumerate(left)])
